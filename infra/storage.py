@@ -1,0 +1,117 @@
+"""Files on any fsspec URL (local paths, s3://, gs://, memory://), written whole or not at all.
+
+A local file is written under a temporary name beside its target, flushed to disk and renamed; an object is uploaded in
+one piece, which object stores make visible at once. So a reader never sees half a file, and a killed writer leaves at
+most a temporary one, which `remove_leftovers` takes away.
+"""
+
+from __future__ import annotations
+
+import os
+import posixpath
+import uuid
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import fsspec
+
+_TEMPORARY = ".part-"
+
+
+def is_local(url: str) -> bool:
+    return "://" not in url or url.startswith("file://")
+
+
+def absolute(url: str) -> str:
+    """The URL itself, or the absolute path of a local one: relative paths are the caller's."""
+    return os.path.abspath(url.removeprefix("file://")) if is_local(url) else url.rstrip("/")
+
+
+def join(base: str, *parts: str) -> str:
+    return posixpath.join(base, *parts)
+
+
+def relative_to(base: str, path: str) -> str:
+    """`path` as it reads from the folder `base`: absolute paths and URLs stay as they are."""
+    if os.path.isabs(path) or not is_local(path):
+        return path
+    return posixpath.normpath(posixpath.join(base, path)) if is_local(base) else posixpath.join(base, path)
+
+
+def filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
+    """The file system of a URL and the path on it."""
+    import fsspec
+
+    return fsspec.core.url_to_fs(url)
+
+
+def exists(url: str) -> bool:
+    if is_local(url):
+        return os.path.exists(absolute(url))
+    fs, path = filesystem(url)
+    return fs.exists(path)
+
+
+def read_bytes(url: str) -> bytes:
+    if is_local(url):
+        with open(absolute(url), "rb") as file:
+            return file.read()
+    fs, path = filesystem(url)
+    return fs.cat_file(path)
+
+
+def read_text(url: str) -> str:
+    return read_bytes(url).decode("utf-8")
+
+
+def write_bytes(url: str, data: bytes) -> None:
+    """Writes `data` whole: after a crash at any moment the target is the old file or the new one."""
+    if not is_local(url):
+        fs, path = filesystem(url)
+        fs.pipe_file(path, data)
+        return
+    path = absolute(url)
+    folder, name = os.path.split(path)
+    os.makedirs(folder, exist_ok=True)
+    temporary = os.path.join(folder, f".{name}{_TEMPORARY}{uuid.uuid4().hex[:8]}")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        if os.path.exists(temporary):
+            os.unlink(temporary)
+        raise
+
+
+def write_text(url: str, text: str) -> None:
+    write_bytes(url, text.encode("utf-8"))
+
+
+def names(url: str) -> list[str]:
+    """Sorted names of the files directly in a folder, in one listing; empty if there is no such folder."""
+    if is_local(url):
+        folder = absolute(url)
+        return sorted(e.name for e in os.scandir(folder) if e.is_file()) if os.path.isdir(folder) else []
+    fs, path = filesystem(url)
+    fs.invalidate_cache(path)
+    if not fs.exists(path):
+        return []
+    return sorted(posixpath.basename(p) for p in fs.ls(path, detail=False))
+
+
+def remove(url: str) -> None:
+    """Removes a file or a folder with all that is in it; nothing happens where there is none."""
+    fs, path = filesystem(url)
+    if fs.exists(path):
+        fs.rm(path, recursive=True)
+
+
+def remove_leftovers(url: str) -> int:
+    """Removes temporary files that killed writers left directly in a folder; returns how many."""
+    leftovers = [name for name in names(url) if name.startswith(".") and _TEMPORARY in name]
+    for name in leftovers:
+        remove(join(url, name))
+    return len(leftovers)

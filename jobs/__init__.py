@@ -1,0 +1,1 @@
+"""One thin entry point for each thing a person runs."""

@@ -1,0 +1,1 @@
+"""Audio in; shards, batches and voices out: everything that runs on Ray."""
