@@ -1,1 +1,1 @@
-"""How and where the system runs: configuration, storage, tracking, local clusters. Imports none of the other packages."""
+"""How and where it all runs: configuration, storage, tracking, local clusters. Imports none of the other packages."""

@@ -1,8 +1,8 @@
 """Configurations: frozen dataclasses, filled from YAML and the command line, refused before any work when wrong.
 
 The documentation of a field is its `metadata["help"]` (use `option`); `add_arguments` turns every field into a
-`--field-name` of argparse, so that a job's command line and its YAML file cannot drift apart. A dataclass checks its own
-values in `__post_init__` by raising ValueError with the field's name.
+`--field-name` of argparse, so that a job's command line and its YAML file cannot drift apart. A dataclass checks its
+own values in `__post_init__` by raising ValueError with the field's name.
 """
 
 from __future__ import annotations
@@ -48,17 +48,21 @@ def as_dict(config: Any) -> dict[str, Any]:
 
 def add_arguments(parser: argparse.ArgumentParser, kind: type) -> None:
     """Adds `--config FILE` and one option for each field; read them back with `from_arguments`."""
-    parser.add_argument("--config", metavar="FILE", help="YAML file with any of the options below; the command line wins")
+    parser.add_argument("--config", metavar="FILE", help="YAML file with any options below; the command line wins")
     types_ = typing.get_type_hints(kind)
     for field in dataclasses.fields(kind):
         flag = "--" + field.name.replace("_", "-")
-        help_ = field.metadata.get("help", "")
-        shown = "" if field.default in (None, "", dataclasses.MISSING) else f" (default: {field.default})"
+        shown = "" if field.default in (None, "", dataclasses.MISSING) else f" (default: {_as_typed(field.default)})"
+        help_ = (field.metadata.get("help", "") + shown).replace("%", "%%")
         if types_[field.name] is bool:
-            parser.add_argument(flag, dest=field.name, action=argparse.BooleanOptionalAction, default=None, help=help_ + shown)
+            how: dict[str, Any] = {"action": argparse.BooleanOptionalAction}
         else:
-            metavar = "|".join(field.metadata["choices"]) if field.metadata.get("choices") else _type_name(types_[field.name])
-            parser.add_argument(flag, dest=field.name, default=None, metavar=metavar, help=(help_ + shown).replace("%", "%%"))
+            how = {"metavar": "|".join(field.metadata.get("choices") or (_type_name(types_[field.name]),))}
+        parser.add_argument(flag, dest=field.name, default=None, help=help_, **how)
+
+
+def _as_typed(default: Any) -> str:
+    return ",".join(map(str, default)) if isinstance(default, tuple) else str(default)
 
 
 def from_arguments(kind: type[Config], arguments: argparse.Namespace) -> Config:

@@ -22,7 +22,7 @@ class Utterance(NamedTuple):
     language: str = "en"
     channel: int | None = None
     """Which channel to take; None averages all of them."""
-    extra: dict[str, Any] = {}
+    extra: dict[str, Any] = {}  # noqa: RUF012 (shared by all that have none: copied when extended, never changed)
     """Every other column of the manifest, kept in the sample's JSON."""
     where: str = ""
     """Where the manifest says it: `train.jsonl:17`."""

@@ -1,0 +1,101 @@
+"""What every test may lean on: real speech where it is at hand, a small Ray, tracking in a database of its own."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import hypothesis
+import pytest
+
+# Before anything imports ray: no token file in HOME, no listener outside this machine, nothing reported to anybody.
+os.environ.update(
+    RAY_AUTH_MODE="disabled",
+    RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="0",
+    RAY_USAGE_STATS_ENABLED="0",
+    RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS="0",
+    MLFLOW_SERVER_ENABLE_JOB_EXECUTION="false",
+)
+os.environ.setdefault("MPLBACKEND", "Agg")
+for name in ("RAY_ADDRESS", "RAY_JOB_CONFIG_JSON_ENV_VAR", "MLFLOW_RUN_ID"):
+    os.environ.pop(name, None)
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# A loaded machine is not a defect: hypothesis measures no time here.
+hypothesis.settings.register_profile("lina", deadline=None, print_blob=True)
+hypothesis.settings.load_profile("lina")
+
+
+@pytest.fixture(scope="session")
+def project() -> Path:
+    """The project's root folder."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real speech that lies beside a checkout; it is not part of the repository."""
+    folder = ROOT.parent / "shared" / "data"
+    if not (folder / "librispeech-test-other" / "manifest.jsonl").is_file():
+        pytest.skip(f"no real speech at {folder}")
+    return folder
+
+
+@pytest.fixture
+def tracking_uri(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, _migrated_database: Path) -> str:
+    """A fresh MLflow database for this test alone; MLFLOW_TRACKING_URI names it, for child processes, too."""
+    database = tmp_path / "tracking" / "mlflow.db"
+    database.parent.mkdir()
+    shutil.copy(_migrated_database, database)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{database}")
+    return f"sqlite:///{database}"
+
+
+@pytest.fixture(scope="session")
+def _migrated_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An empty MLflow database: creating one takes seconds, copying it none."""
+    from mlflow.store.db.utils import _initialize_tables, create_sqlalchemy_engine_with_retry
+
+    database = tmp_path_factory.mktemp("mlflow") / "empty.db"
+    engine = create_sqlalchemy_engine_with_retry(f"sqlite:///{database}")
+    _initialize_tables(engine)
+    engine.dispose()
+    return database
+
+
+@pytest.fixture(autouse=True)
+def _no_tracking_outside(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A test that tracks without asking for `tracking_uri` writes into its own folder, never into the project's."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+
+
+@pytest.fixture(scope="module")
+def local_ray() -> Iterator[None]:
+    """Ray with two CPUs on loopback for the tests of one module; a lost worker is noticed within two seconds."""
+    import ray
+
+    # Not under tmp_path: the sockets' paths must stay under 108 bytes.
+    folder = tempfile.mkdtemp(prefix="lr-", dir="/tmp")
+    ray.init(
+        address="local",
+        num_cpus=2,
+        include_dashboard=False,
+        object_store_memory=256 << 20,
+        log_to_driver=False,
+        _temp_dir=folder,
+        _system_config={
+            "health_check_initial_delay_ms": 0,
+            "health_check_period_ms": 500,
+            "health_check_timeout_ms": 1000,
+            "health_check_failure_threshold": 3,
+        },
+    )
+    try:
+        yield
+    finally:
+        ray.shutdown()
+        shutil.rmtree(folder, ignore_errors=True)
