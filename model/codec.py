@@ -1,13 +1,14 @@
 """The codec: waveforms to residual-vector-quantised codes and back, with EnCodec's network classes.
 
-A codec is two things that travel together: a `CodecConfig` and the bytes of a safetensors file. `Codec(config, weights)`
-rebuilds it from them anywhere, so a cluster ships the bytes once. The file holds what inference needs under EnCodec's own
-names: convolution weights with the weight norm multiplied in, LSTMs and codebooks.
+A codec is two things that travel together: a `CodecConfig` and the bytes of a safetensors file. `Codec(config,
+weights)` rebuilds it from them anywhere, so a cluster ships the bytes once. The file holds what inference needs under
+EnCodec's own names: convolution weights with the weight norm multiplied in, LSTMs and codebooks.
 
-Law of padding: everything is causal and every utterance is padded with zeros to a whole number of frames first, so what
-stands to its right in a batch cannot reach its frames, and an utterance has the same codes alone and in any batch (exactly in
-float64; in float32 up to near ties of the nearest-neighbour search). The one exception would be an utterance so short that
-a convolution's reflection at its left edge reads past its right edge: those are encoded alone, as EnCodec itself does it.
+Law of padding: everything is causal and every utterance is padded with zeros to a whole number of frames first, so
+what stands to its right in a batch cannot reach its frames, and an utterance has the same codes alone and in any batch
+(exactly in float64; in float32 up to near ties of the nearest-neighbour search). The one exception would be an
+utterance so short that a convolution's reflection at its left edge reads past its right edge: those are encoded alone,
+as EnCodec itself does it.
 """
 
 from __future__ import annotations
@@ -232,7 +233,7 @@ def weights_from_training(config: CodecConfig, state: dict[str, torch.Tensor]) -
 
 
 def build_networks(config: CodecConfig, norm: str) -> tuple[torch.nn.Module, torch.nn.Module]:
-    """EnCodec's encoder and decoder of these sizes, newly initialised; `norm` is `weight_norm` to train, `none` to run."""
+    """EnCodec's encoder and decoder, newly initialised; `norm` is `weight_norm` to train, `none` to run."""
     from model.encodec_package import seanet
 
     sizes = dict(

@@ -10,7 +10,7 @@ from typing import Any
 
 
 class CodecError(ValueError):
-    """A codec that cannot be used: wrong digest, another architecture, a damaged or hostile file, codes of another codec."""
+    """A codec that cannot be used: wrong digest, another architecture, a damaged file, codes of another codec."""
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ def random_weights(config: CodecConfig, seed: int) -> bytes:
 
 
 def _draw(residual: torch.Tensor, size: int) -> torch.Tensor:
-    """`size` residuals, each a little beside the vector it was drawn from, so that the next level has residuals, too."""
+    """`size` residuals, each a little beside the vector it was drawn from, so that the next level has residuals."""
     import torch
 
     chosen = residual[torch.randint(len(residual), (size,))]
@@ -43,7 +43,7 @@ def _draw(residual: torch.Tensor, size: int) -> torch.Tensor:
 
 
 def _signal(config: CodecConfig, seed: int) -> np.ndarray:
-    """Gliding harmonics and noise with moving levels, float32, about two frames for each codebook entry, 20 s at most."""
+    """Gliding harmonics and noise with moving levels, float32, two frames for each codebook entry, 20 s at most."""
     rng = np.random.default_rng(seed)
     samples = min(2 * config.codebook_size * config.hop, 20 * config.sample_rate)
     time = np.arange(samples) / config.sample_rate

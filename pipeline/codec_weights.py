@@ -1,0 +1,129 @@
+"""Where a codec's weights come from: a name on the command line becomes a config and checked bytes.
+
+Weights are never guessed. `encodec_24khz` means EnCodec's published file or one with the same digest, `demo` the codec
+in this repository, anything else a folder; where nothing can be had, the error says what can be done.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import posixpath
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from infra import storage
+from model.codec import CONFIG_FILE, WEIGHTS_FILE, Codec, read_config, weights_from_training
+from model.codec_config import ENCODEC_24KHZ, CodecConfig, CodecError, CodecIdentity
+
+ENCODEC_URL = "https://dl.fbaipublicfiles.com/encodec/v0/encodec_24khz-d7cc33bc.th"
+ENCODEC_SHA256 = "d7cc33bc"
+"""How the sha256 of EnCodec's published file starts: the file's name says it."""
+
+DEMO_FOLDER = Path(__file__).parent.parent / "model" / "weights" / "codec-demo"
+DEMO_DIGEST: str | None = None
+"""sha256 of the weights in `DEMO_FOLDER`; changes with every retraining."""
+
+
+@dataclass(frozen=True)
+class ResolvedCodec:
+    """All that a worker needs to build the codec; small enough to go through Ray's object store once."""
+
+    config: CodecConfig
+    weights: bytes
+    """A safetensors file."""
+    identity: CodecIdentity
+
+    def build(self, device: str = "cpu", dtype: str = "float32") -> Codec:
+        return Codec(self.config, self.weights, device, dtype, self.identity.digest)
+
+
+def resolve(name: str = "encodec_24khz", weights: str | None = None) -> ResolvedCodec:
+    """Finds, fetches and checks the codec that `--codec NAME` and `--codec-weights PATH|URL` ask for.
+
+    Args:
+        name: `encodec_24khz`, `demo`, or the path or URL of a folder with `config.json` and `model.safetensors`.
+        weights: for `encodec_24khz`: where EnCodec's own file lies, instead of downloading it.
+
+    Raises:
+        CodecError: nothing there, wrong digest, damaged or hostile file, another architecture.
+    """
+    if name == "encodec_24khz":
+        return _resolved(ENCODEC_24KHZ, _encodec_weights(_encodec_file(weights)))
+    if weights is not None:
+        raise CodecError(
+            f"--codec-weights goes with --codec encodec_24khz; codec {name!r} has its weights in its folder"
+        )
+    if name == "demo":
+        return _from_folder(str(DEMO_FOLDER), DEMO_DIGEST)
+    if "/" not in name and not storage.exists(name):
+        raise CodecError(f"unknown codec {name!r}: known are encodec_24khz, demo, or a folder with {CONFIG_FILE}")
+    return _from_folder(name, None)
+
+
+def cache_folder() -> Path:
+    """`$LINA_RAY_CACHE`, or `~/.cache/lina-ray`."""
+    return Path(os.environ.get("LINA_RAY_CACHE") or Path.home() / ".cache" / "lina-ray")
+
+
+def _resolved(config: CodecConfig, weights: bytes, digest: str | None = None) -> ResolvedCodec:
+    return ResolvedCodec(config, weights, Codec(config, weights, digest=digest).identity)
+
+
+def _from_folder(folder: str, digest: str | None) -> ResolvedCodec:
+    content = []
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        url = storage.join(folder, name)
+        try:
+            content.append(storage.read_bytes(url))
+        except (OSError, ValueError, ImportError) as error:
+            raise CodecError(
+                f"{folder} is no codec: {name} cannot be read ({error}); a codec is a folder with "
+                f"{CONFIG_FILE} and {WEIGHTS_FILE}"
+            ) from None
+    return _resolved(read_config(content[0]), content[1], digest)
+
+
+def _encodec_file(weights: str | None) -> bytes:
+    """EnCodec's published file: from `weights`, the cache, or downloaded once and cached; its sha256 is checked."""
+    if weights is not None:
+        try:
+            content = storage.read_bytes(weights)
+        except (OSError, ValueError, ImportError) as error:
+            raise CodecError(f"--codec-weights {weights}: cannot be read ({error})") from None
+        return _checked(content, f"--codec-weights {weights}")
+    cached = cache_folder() / posixpath.basename(ENCODEC_URL)
+    if cached.exists():
+        return _checked(cached.read_bytes(), f"{cached} (delete it to download it again)")
+    try:
+        content = storage.read_bytes(ENCODEC_URL)
+    except Exception as error:  # aiohttp, SSL, DNS, HTTP status: every one means that it cannot be had
+        raise CodecError(
+            f"EnCodec's weights are not at hand: {ENCODEC_URL} cannot be fetched ({type(error).__name__}: {error}). "
+            "Either give the file with --codec-weights PATH|URL, or use the codec in this repository with --codec demo"
+        ) from None
+    content = _checked(content, ENCODEC_URL)
+    storage.write_bytes(str(cached), content)
+    return content
+
+
+def _checked(content: bytes, where: str) -> bytes:
+    actual = hashlib.sha256(content).hexdigest()
+    if not actual.startswith(ENCODEC_SHA256):
+        raise CodecError(
+            f"{where}: sha256 is {actual[:16]}…, EnCodec's 24 kHz weights start with {ENCODEC_SHA256}: "
+            "the file is damaged or another one"
+        )
+    return content
+
+
+def _encodec_weights(content: bytes) -> bytes:
+    import torch
+
+    try:
+        state: dict[str, Any] = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises whatever its reader met
+        raise CodecError(f"EnCodec's weights are no state dict of PyTorch: {error}") from None
+    return weights_from_training(ENCODEC_24KHZ, state)
