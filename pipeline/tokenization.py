@@ -1,0 +1,282 @@
+"""Tokenizing a corpus: plan, run what is missing of it on Ray Data, finish the dataset.
+
+The same command again does only what is missing, because a shard is done when its sidecar exists and everything else is
+a function of the plan. Work goes to Ray Data in waves of some thousand codec batches, in the plan's order; so the
+driver's memory does not grow with the corpus, few shards are open at a time, and a shard that was lost with a node is
+simply part of the next wave.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import platform
+import posixpath
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from importlib.metadata import version
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+from infra import storage
+from pipeline import lengths, planning, shards
+from pipeline.manifests import Manifest, open_manifest
+from pipeline.plan import Plan, PlanError, differences, read_rows
+from pipeline.stages import Collect, Decode, Encode, Job, Transcribe, Write
+from pipeline.tokenize_config import TokenizeConfig, identity
+from pipeline.utterances import Reject, Utterance
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from pipeline.codec_weights import ResolvedCodec
+
+ATTEMPTS = 3
+"""Waves in which a shard may fail to appear before the job gives up."""
+NEVER_RETRIED = ("write/duplicate-audio",)
+_RECORDED_VERSIONS = ("encodec", "g2p-en", "numpy", "soundfile", "soxr", "torch")
+
+
+def open_input(config: TokenizeConfig) -> Manifest:
+    source = config.root if config.corpus else config.input
+    return open_manifest(source, kind=config.kind, corpus=config.corpus, audio_root=config.audio_root)
+
+
+def resolve(config: TokenizeConfig) -> TokenizeConfig:
+    """The configuration with everything settled that depends on this machine: absolute paths, the device."""
+    import ray
+
+    device = config.device
+    if device == "auto":
+        device = "cuda" if ray.cluster_resources().get("GPU", 0) > 0 else "cpu"
+    return dataclasses.replace(config, output=storage.absolute(config.output), device=device)
+
+
+def make_plan(
+    config: TokenizeConfig, codec: ResolvedCodec, manifest: Manifest, dry_run: bool = False, progress: Callable = print
+) -> Plan:
+    """The dataset's plan: the one on disk if it is that of this command, else a new one.
+
+    Args:
+        dry_run: write nothing.
+
+    Raises:
+        PlanError: the output has been planned for another configuration, codec or manifest; says what differs.
+    """
+    existing = Plan.load(config.output)
+    fingerprint = manifest.fingerprint(existing.manifest if existing else None)
+    base = _audio_base(config, manifest)
+    if existing:
+        _require_same(existing, config, codec, fingerprint)
+        return dataclasses.replace(existing, audio_base=base)
+    items = lengths.with_lengths(iter(manifest), config, find_speech)
+    plan = Plan(identity(config), codec.identity.to_dict(), fingerprint, base, {})
+    output = None if dry_run else config.output
+    round_, rejects = planning.make_round(items, config, _sizes(plan), "plan.parquet", 0, output, progress)
+    plan = dataclasses.replace(plan, rejects=rejects).with_round(round_)
+    if not dry_run:
+        plan.save(config.output)
+    return plan
+
+
+def add_retry_round(plan: Plan, config: TokenizeConfig, progress: Callable) -> Plan | None:
+    """The plan with one more round, of everything in the quarantine that may work now; None if there is nothing."""
+    retried: Counter = Counter()
+    items = lengths.with_lengths(_quarantined(plan, config.output, retried), config, find_speech)
+    first = next(items, None)
+    if first is None:
+        return None
+    file = f"plan.retry-{len(plan.rounds):03d}.parquet"
+    round_, _ = planning.make_round(
+        _chain(first, items), config, _sizes(plan), file, len(plan.shards), config.output, progress
+    )
+    plan = plan.with_round(dataclasses.replace(round_, retried=dict(sorted(retried.items()))))
+    plan.save(config.output)
+    return plan
+
+
+def missing_shards(plan: Plan, dataset: str) -> list[int]:
+    """Shards without a sidecar; one listing, however many there are."""
+    names = storage.names(storage.join(dataset, "shards"))
+    done = {name.removesuffix(".json") for name in names if name.endswith(".json")}
+    return [shard for shard in plan.shards if shards.shard_name(shard) not in done]
+
+
+def run(
+    plan: Plan, config: TokenizeConfig, codec: ResolvedCodec, on_progress: Callable[[dict[str, Any]], None]
+) -> None:
+    """Makes every missing shard.
+
+    Args:
+        on_progress: called with rows of `stages.PROGRESS` as they arrive.
+
+    Raises:
+        RuntimeError: a shard did not appear in `ATTEMPTS` waves.
+    """
+    import ray
+
+    job = Job(config, config.output, plan.audio_base, plan.rounds, plan.codec, _facts(config))
+    weights = ray.put(codec)
+    for folder in ("shards", "quarantine", ""):
+        storage.remove_leftovers(storage.join(config.output, folder))
+    attempts: Counter = Counter()
+    while missing := missing_shards(plan, config.output):
+        wave = list(_wave(plan, missing, config.wave_batches))
+        attempts.update({shard for shard, _ in wave})
+        lost = [shard for shard, tries in attempts.items() if tries > ATTEMPTS]
+        if lost:
+            raise RuntimeError(
+                f"shards {lost[:5]} were lost {ATTEMPTS} times over: nodes die faster than a shard takes; "
+                "set a smaller shard_megabytes, or look into the workers' logs"
+            )
+        for table in _stream(job, weights, wave):
+            for row in table.to_pylist():
+                on_progress(row)
+
+
+def read_sidecars(plan: Plan, dataset: str) -> Iterator[dict[str, Any]]:
+    """Every shard's sidecar in order; read by some threads at once, since object stores are slow one at a time."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    with ThreadPoolExecutor(32) as pool:
+        todo = iter(plan.shards)
+        while chunk := list(islice(todo, 1024)):
+            yield from pool.map(lambda shard: json.loads(storage.read_bytes(shards.sidecar_url(dataset, shard))), chunk)
+
+
+def find_speech(recordings: list[str]) -> Iterable[list[tuple[float, float]]]:
+    """Speech spans of recordings, found by the cluster's CPUs, in order; none where a recording cannot be read."""
+    import ray
+
+    task = ray.remote(num_cpus=1)(_speech_of)
+    waiting = [task.remote(recording) for recording in recordings]
+    while waiting:
+        yield ray.get(waiting.pop(0))
+
+
+def _speech_of(recording: str) -> list[tuple[float, float]]:
+    from pipeline.segmentation import vad_spans
+    from pipeline.utterances import Unusable
+
+    try:
+        return vad_spans(recording)
+    except Unusable:
+        return []
+
+
+def _require_same(plan: Plan, config: TokenizeConfig, codec: ResolvedCodec, fingerprint: dict[str, Any]) -> None:
+    changed = differences(plan.config, json.loads(json.dumps(identity(config))))
+    changed += differences(plan.codec, codec.identity.to_dict(), "codec ")
+    if plan.manifest.get("sha256") != fingerprint.get("sha256"):
+        changed += differences(plan.manifest, fingerprint, "manifest ")
+    if changed:
+        raise PlanError(
+            f"{config.output} holds a dataset that was planned otherwise; choose another --output, or undo:\n  "
+            + "\n  ".join(changed)
+        )
+
+
+def _audio_base(config: TokenizeConfig, manifest: Manifest) -> str:
+    """Where relative audio paths start: a corpus may move between two runs."""
+    if config.audio_root or config.root:
+        return storage.absolute(config.audio_root or config.root)
+    return posixpath.dirname(manifest.url) if manifest.files else manifest.url
+
+
+def _sizes(plan: Plan) -> planning.Sizes:
+    codebooks = min(plan.config["codebooks"], plan.codec["codebooks"])
+    return planning.Sizes(plan.codec["frame_rate"] * codebooks * 2, plan.audio_base)
+
+
+def _quarantined(plan: Plan, dataset: str, retried: Counter) -> Iterator[Utterance]:
+    """Rejects of finished shards as utterances; those that a later round has already taken up are left to it."""
+    taken: set[str] = set()
+    for round_ in reversed(plan.rounds):
+        for shard in round_.shards:
+            lines = storage.read_text(shards.quarantine_url(dataset, shard)).splitlines()
+            rejects = {r["key"]: f"{r['stage']}/{r['reason']}" for r in map(json.loads, lines)}
+            wanted = {key for key, why in rejects.items() if key not in taken and why not in NEVER_RETRIED}
+            rows = read_rows(dataset, round_, shard).to_pylist() if wanted else []
+            for row in rows:
+                if row["key"] in wanted:
+                    retried[rejects[row["key"]]] += 1
+                    row["audio"] = storage.relative_to(plan.audio_base, row["audio"])
+                    row["extra"] = json.loads(row["extra"] or "{}")
+                    yield Utterance(**{name: row[name] for name in Utterance._fields})
+            if round_ is not plan.rounds[0]:
+                taken.update(row["key"] for row in read_rows(dataset, round_, shard).to_pylist())
+
+
+def _chain(first: Utterance | Reject, rest: Iterator[Utterance | Reject]) -> Iterator[Utterance | Reject]:
+    yield first
+    yield from rest
+
+
+def _wave(plan: Plan, missing: list[int], limit: int) -> Iterator[tuple[int, int]]:
+    """(shard, batch) of whole missing shards, at least one shard and about `limit` batches."""
+    count = 0
+    for shard in missing:
+        round_ = plan.round_of(shard)
+        batches = round_.batches[shard - round_.first_shard]
+        if count and count + batches > limit:
+            return
+        count += batches
+        yield from ((shard, batch) for batch in range(batches))
+
+
+def _stream(job: Job, weights: Any, wave: list[tuple[int, int]]) -> Iterator[pa.Table]:
+    """The Ray Data graph over a wave."""
+    import pyarrow as pa
+    import ray.data
+
+    config = job.config
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.execution_options.preserve_order = True
+    blocks = [pa.table({"shard": pa.array([s], pa.int32()), "batch": pa.array([b], pa.int32())}) for s, b in wave]
+    decode = {"batch_size": None, "batch_format": "pyarrow", "num_cpus": config.decode_cpus}
+    dataset = ray.data.from_arrow(blocks).map_batches(Decode(job).__call__, **decode)
+    if config.transcribe:
+        dataset = dataset.map_batches(
+            Transcribe,
+            fn_constructor_args=(job,),
+            compute=ray.data.ActorPoolStrategy(min_size=1, max_size=config.transcribe_actors),
+            **decode | {"num_cpus": config.codec_cpus},
+        )
+    dataset = dataset.map_batches(
+        Encode,
+        fn_constructor_args=(job, weights),
+        batch_size=None,
+        batch_format="pyarrow",
+        **_codec_resources(config, len(wave)),
+    )
+    dataset = dataset.map_batches(
+        Collect,
+        fn_constructor_args=(job,),
+        compute=ray.data.ActorPoolStrategy(size=1),
+        **decode | {"num_cpus": 0.01},
+    )
+    dataset = dataset.map_batches(Write(job).__call__, **decode)
+    yield from dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
+
+
+def _codec_resources(config: TokenizeConfig, batches: int) -> dict[str, Any]:
+    import ray
+
+    resources = ray.cluster_resources()
+    if config.device == "cuda":
+        fits = int(resources.get("GPU", 0) / config.codec_gpus)
+        demand = {"num_gpus": config.codec_gpus, "num_cpus": config.decode_cpus}
+    else:
+        # Two decoding tasks' worth of CPU stays free, or nothing would ever reach the codec.
+        fits = int((resources.get("CPU", 1) - 2 * config.decode_cpus) / config.codec_cpus)
+        demand = {"num_cpus": config.codec_cpus}
+    most = max(1, min(config.codec_actors or fits, batches))
+    start = max(1, min(most, fits))
+    return {"compute": ray.data.ActorPoolStrategy(min_size=1, max_size=most, initial_size=start), **demand}
+
+
+def _facts(config: TokenizeConfig) -> dict[str, Any]:
+    """What else a shard's bytes depend on."""
+    versions = {name: version(name) for name in _RECORDED_VERSIONS}
+    return {"versions": {"python": platform.python_version(), **versions}, "device": config.device}
