@@ -22,9 +22,11 @@ def name_of(url: str) -> str:
     return url.rstrip("/").rpartition("/")[2]
 
 
-def utterance(row: dict[str, Any], folder: str, where: str) -> Utterance | Reject:
-    """Checks every field of a row; paths resolve against `folder`; columns that have no meaning here go to `extra`."""
+def utterance(row: dict[str, Any], folder: str, where: str, extra: dict[str, Any] | None = None) -> Utterance | Reject:
+    """Checks every field of a row; its path resolves against `folder`; `extra` is by default every other column."""
     try:
+        if extra is None:
+            extra = {name: value for name, value in row.items() if name not in _KNOWN}
         return Utterance(
             id=_label(row, "id"),
             audio=storage.relative_to(folder, _audio(row)),
@@ -34,7 +36,7 @@ def utterance(row: dict[str, Any], folder: str, where: str) -> Utterance | Rejec
             duration=_duration(row.get("duration")),
             language=_text(row, "language") or "en",
             channel=_channel(row.get("channel")),
-            extra={str(name): plain(value) for name, value in row.items() if name not in _KNOWN},
+            extra={str(name): plain(value) for name, value in extra.items()},
             where=where,
         )
     except Unusable as error:
@@ -98,7 +100,7 @@ def _audio(row: dict[str, Any]) -> str:
         raise Unusable("missing-audio", "the row names no audio file: give its path or URL in the column 'audio'")
     if "\0" in audio or "\n" in audio:
         raise Unusable("bad-field", f"audio must be a path or a URL, not {shown(audio)}")
-    return audio
+    return audio.removeprefix("file://")
 
 
 def _text(row: dict[str, Any], name: str) -> str | None:

@@ -31,7 +31,7 @@ def of_folder(url: str) -> dict[str, Any]:
 
 
 def listing(url: str) -> Iterator[tuple[str, int]]:
-    """Relative path and size of every file below a folder, in the order of the paths' components.
+    """Relative path and size of every file below a folder: its own files first, then its folders', sorted.
 
     Raises:
         ManifestError: there is no such folder.
@@ -48,18 +48,22 @@ def listing(url: str) -> Iterator[tuple[str, int]]:
         raise ManifestError(f"{url}: there is no such folder, or nothing is in it")
     prefix = len(root.rstrip("/")) + 1
     files = [(path[prefix:], int(info.get("size") or 0)) for path, info in found.items()]
-    yield from sorted(files, key=lambda file: file[0].split("/"))
+    yield from sorted(files, key=lambda file: _rank(file[0]))
 
 
 def _local_listing(root: str, below: str) -> Iterator[tuple[str, int]]:
     with os.scandir(os.path.join(root, below)) as entries:
         ordered = sorted(entries, key=lambda entry: entry.name)
+    prefix = f"{below}/" if below else ""
+    yield from ((prefix + entry.name, entry.stat().st_size) for entry in ordered if entry.is_file())
     for entry in ordered:
-        path = f"{below}/{entry.name}" if below else entry.name
         if entry.is_dir():
-            yield from _local_listing(root, path)
-        elif entry.is_file():
-            yield path, entry.stat().st_size
+            yield from _local_listing(root, prefix + entry.name)
+
+
+def _rank(path: str) -> list[tuple[bool, str]]:
+    *folders, name = path.split("/")
+    return [*((True, folder) for folder in folders), (False, name)]
 
 
 def _of_file(url: str, known: dict[str, Any] | None) -> dict[str, Any]:
