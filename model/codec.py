@@ -234,6 +234,7 @@ def weights_from_training(config: CodecConfig, state: dict[str, torch.Tensor]) -
 
 def build_networks(config: CodecConfig, norm: str) -> tuple[torch.nn.Module, torch.nn.Module]:
     """EnCodec's encoder and decoder, newly initialised; `norm` is `weight_norm` to train, `none` to run."""
+    from model.codec_layers import with_cheap_padding
     from model.encodec_package import seanet
 
     sizes = dict(
@@ -252,7 +253,8 @@ def build_networks(config: CodecConfig, norm: str) -> tuple[torch.nn.Module, tor
         compress=config.compress,
         lstm=config.lstm_layers,
     )
-    return seanet().SEANetEncoder(**sizes), seanet().SEANetDecoder(**sizes)
+    encoder, decoder = seanet().SEANetEncoder(**sizes), seanet().SEANetDecoder(**sizes)
+    return with_cheap_padding(encoder), with_cheap_padding(decoder)
 
 
 def codebook_name(level: int) -> str:

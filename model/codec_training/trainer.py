@@ -1,0 +1,207 @@
+"""One step of codec training, and the state that makes the next step exactly what it would have been.
+
+A step draws nothing but from its own generator, so a trainer whose state was saved and loaded goes on bit for bit (on
+the same kind of machine with the same number of threads). With several workers each steps on its own part of the batch;
+gradients and codebook statistics are averaged, so all of them hold the same weights.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from model.codec import build_networks, codebook_name, weights_from_training
+from model.codec_config import CodecConfig, CodecError
+from model.codec_training import discriminator as adversary
+from model.codec_training.losses import Balancer, MelDistance
+from model.codec_training.quantiser import ResidualQuantiser, average_over_workers, perplexity
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a codec is trained; the architecture is a `CodecConfig`."""
+
+    steps: int = 10_000
+    learning_rate: float = 1e-3
+    warmup: int = 200
+    """Steps to the full learning rate."""
+    cooldown: float = 0.3
+    """Share of the steps, at the end, in which the learning rate falls to a fiftieth."""
+    clip: float = 5.0
+    """Largest norm of the generator's gradient."""
+    quantise_from: int = 300
+    """The step at which the codebooks start; until then encoder and decoder learn without them."""
+    full_depth: float = 0.5
+    """Share of utterances that use all codebooks; the others use a random number of them."""
+    commitment: float = 1.0
+    mel_weight: float = 1.0
+    time_weight: float = 0.1
+    adversarial_from: int = 0
+    """The step from which the discriminator judges; 0 trains without one."""
+    adversarial_weight: float = 0.5
+    feature_weight: float = 0.5
+    discriminator_filters: int = 8
+    discriminator_windows: tuple[int, ...] = (2048, 1024, 512)
+    discriminator_rate: float = 1e-3
+    seed: int = 0
+
+
+class CodecTrainer:
+    """
+    Args:
+        config: architecture.
+        recipe: how to train it.
+        device: where; the same recipe runs on CPU and GPU.
+    """
+
+    def __init__(self, config: CodecConfig, recipe: Recipe, device: str = "cpu") -> None:
+        self.config, self.recipe, self.device = config, recipe, torch.device(device)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(recipe.seed)
+            encoder, decoder = build_networks(config, norm="weight_norm")
+            judge = adversary.build_discriminator(recipe.discriminator_filters, recipe.discriminator_windows)
+        self.networks = nn.ModuleDict({"encoder": encoder, "decoder": decoder}).to(self.device)
+        self.quantiser = ResidualQuantiser(config).to(self.device)
+        self.judge = judge.to(self.device)
+        self.mel = MelDistance(config.sample_rate).to(self.device)
+        self.balancer = Balancer(
+            {
+                "mel": recipe.mel_weight,
+                "time": recipe.time_weight,
+                "adversarial": recipe.adversarial_weight,
+                "features": recipe.feature_weight,
+            }
+        )
+        self.optimiser = torch.optim.AdamW(
+            self.networks.parameters(), lr=recipe.learning_rate, betas=(0.8, 0.99), weight_decay=0.0, fused=True
+        )
+        self.judge_optimiser = torch.optim.AdamW(
+            self.judge.parameters(), lr=recipe.discriminator_rate, betas=(0.5, 0.9), weight_decay=0.0, fused=True
+        )
+        self.generator = torch.Generator().manual_seed(recipe.seed)
+        self.step_number = 0
+
+    def step(self, audio: torch.Tensor) -> dict[str, float]:
+        """Trains on audio float32 [batch, samples], a whole number of hops long; returns what to log.
+
+        Raises:
+            FloatingPointError: a loss or gradient that is not finite; the weights are as before the step.
+        """
+        audio = audio.to(self.device).unsqueeze(1)
+        self.networks.train(), self.quantiser.train()
+        if self.step_number == self.recipe.quantise_from and not self.quantiser.started:
+            self.quantiser.start(self.generator)
+        decoded, codes, commitment = self._reconstruct(audio)
+        losses = {"mel": self.mel(decoded[:, 0], audio[:, 0]), "time": (decoded - audio).abs().mean()}
+        logged = {}
+        if self.adversarial:
+            logged["discriminator"] = self._step_judge(audio, decoded.detach())
+            losses |= self._judged(audio, decoded)
+        output_gradient = self.balancer.gradient(losses, decoded)
+        rate = self._set_rates()
+        self.optimiser.zero_grad(set_to_none=True)
+        torch.autograd.backward([decoded, self.recipe.commitment * commitment], [output_gradient, None])
+        norm = self._apply(self.networks, self.optimiser, self.recipe.clip)
+        self.step_number += 1
+        logged |= {name: float(loss.detach()) for name, loss in losses.items()}
+        logged |= {"commitment": float(commitment.detach()), "grad_norm": norm, "lr": rate}
+        if codes is not None:
+            logged["perplexity"] = perplexity(codes[:, 0], self.config.codebook_size)
+        return logged
+
+    @property
+    def adversarial(self) -> bool:
+        return 0 < self.recipe.adversarial_from <= self.step_number
+
+    def weights(self) -> bytes:
+        """The safetensors file of the codec as it is now. Raises CodecError before the codebooks have started."""
+        if not self.quantiser.started:
+            raise CodecError(f"the codebooks start at step {self.recipe.quantise_from}; this is {self.step_number}")
+        state: dict[str, torch.Tensor] = dict(self.networks.state_dict())
+        state |= {codebook_name(level): embed for level, embed in enumerate(self.quantiser.embed)}
+        return weights_from_training(self.config, state)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors, numbers and text only: `torch.load(…, weights_only=True)` reads it back."""
+        return {
+            "step": self.step_number,
+            "config": self.config.to_dict(),
+            "recipe": {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self.recipe).items()},
+            "networks": self.networks.state_dict(),
+            "quantiser": self.quantiser.state_dict(),
+            "judge": self.judge.state_dict(),
+            "optimiser": self.optimiser.state_dict(),
+            "judge_optimiser": self.judge_optimiser.state_dict(),
+            "balancer": self.balancer.state_dict(),
+            "generator": self.generator.get_state(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on where `state` was taken. The recipe may differ (longer, with a discriminator), the sizes may not."""
+        saved = CodecConfig.from_dict(state["config"])
+        if saved != self.config:
+            raise CodecError(f"the checkpoint trains another architecture ({saved}) than the config ({self.config})")
+        self.networks.load_state_dict(state["networks"])
+        self.quantiser.load_state_dict(state["quantiser"])
+        self.optimiser.load_state_dict(state["optimiser"])
+        self.balancer.load_state_dict(state["balancer"])
+        self.generator.set_state(state["generator"])
+        self.step_number = int(state["step"])
+        if all(k in state["judge"] and state["judge"][k].shape == v.shape for k, v in self.judge.state_dict().items()):
+            self.judge.load_state_dict(state["judge"])
+            self.judge_optimiser.load_state_dict(state["judge_optimiser"])
+
+    def learning_rate(self, step: int) -> float:
+        """Share of the full rate at a step: a ramp, a plateau, then a straight fall to a fiftieth."""
+        fall = max(1, round(self.recipe.steps * self.recipe.cooldown))
+        left = (self.recipe.steps - step) / fall
+        return min(1.0, (step + 1) / max(1, self.recipe.warmup), max(0.02, left))
+
+    def _reconstruct(self, audio: torch.Tensor):
+        """(decoded [batch, 1, samples], codes or None, commitment) of audio [batch, 1, samples]."""
+        latent = self.networks["encoder"](audio)
+        if not self.quantiser.started:
+            self.quantiser.remember(latent)
+            return self.networks["decoder"](latent), None, latent.new_zeros((), requires_grad=True)
+        quantised = self.quantiser(latent, self._draw_depths(len(audio)), self.generator)
+        return self.networks["decoder"](quantised.latent), quantised.codes, quantised.commitment
+
+    def _draw_depths(self, rows: int) -> torch.Tensor:
+        levels = self.config.codebooks
+        shallow = torch.randint(1, levels + 1, (rows,), generator=self.generator)
+        full = torch.rand(rows, generator=self.generator) < self.recipe.full_depth
+        return torch.where(full, levels, shallow).to(self.device)
+
+    def _step_judge(self, audio: torch.Tensor, decoded: torch.Tensor) -> float:
+        loss = adversary.discriminator_loss(self.judge(audio), self.judge(decoded))
+        self.judge_optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        self._apply(self.judge, self.judge_optimiser, 10.0)
+        return float(loss.detach())
+
+    def _judged(self, audio: torch.Tensor, decoded: torch.Tensor) -> dict[str, torch.Tensor]:
+        self.judge.requires_grad_(False)
+        with torch.no_grad():
+            real = self.judge(audio)
+        fake = self.judge(decoded)
+        self.judge.requires_grad_(True)
+        return {"adversarial": adversary.adversarial_loss(fake), "features": adversary.feature_loss(real, fake)}
+
+    def _set_rates(self) -> float:
+        share = self.learning_rate(self.step_number)
+        self.optimiser.param_groups[0]["lr"] = share * self.recipe.learning_rate
+        self.judge_optimiser.param_groups[0]["lr"] = share * self.recipe.discriminator_rate
+        return share * self.recipe.learning_rate
+
+    def _apply(self, module: nn.Module, optimiser: torch.optim.Optimizer, clip: float) -> float:
+        gradients = [p.grad for p in module.parameters() if p.grad is not None]
+        average_over_workers(*gradients)
+        norm = float(nn.utils.clip_grad_norm_(module.parameters(), clip))
+        if norm != norm or norm == float("inf"):
+            raise FloatingPointError(f"gradient norm {norm} at step {self.step_number}")
+        optimiser.step()
+        return norm
