@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import posixpath
 from typing import Any
 
 from infra import storage
@@ -22,6 +23,16 @@ def name_of(url: str) -> str:
     return url.rstrip("/").rpartition("/")[2]
 
 
+def located(folder: str, path: str) -> str:
+    """Absolute path or URL of what a manifest in `folder` calls `path`; object stores know no `..`."""
+    path = path.removeprefix("file://")
+    found = storage.relative_to(folder, path)
+    if found == path or storage.is_local(found):
+        return found
+    scheme, _, rest = found.partition("://")
+    return f"{scheme}://{posixpath.normpath(rest).lstrip('/')}"
+
+
 def utterance(row: dict[str, Any], folder: str, where: str, extra: dict[str, Any] | None = None) -> Utterance | Reject:
     """Checks every field of a row; its path resolves against `folder`; `extra` is by default every other column."""
     try:
@@ -29,7 +40,7 @@ def utterance(row: dict[str, Any], folder: str, where: str, extra: dict[str, Any
             extra = {name: value for name, value in row.items() if name not in _KNOWN}
         return Utterance(
             id=_label(row, "id"),
-            audio=storage.relative_to(folder, _audio(row)),
+            audio=located(folder, _audio(row)),
             text=_text(row, "text"),
             speaker=_label(row, "speaker"),
             start=seconds(row.get("start"), "start") or 0.0,
@@ -100,7 +111,7 @@ def _audio(row: dict[str, Any]) -> str:
         raise Unusable("missing-audio", "the row names no audio file: give its path or URL in the column 'audio'")
     if "\0" in audio or "\n" in audio:
         raise Unusable("bad-field", f"audio must be a path or a URL, not {shown(audio)}")
-    return audio.removeprefix("file://")
+    return audio
 
 
 def _text(row: dict[str, Any], name: str) -> str | None:

@@ -65,7 +65,7 @@ def audio_paths(folder: str, audio_root: str | None) -> Callable[[str], str]:
         nonlocal last, resolved
         if path != last:
             within = path.removeprefix(LIBRILIGHT_PREFIX) if root else path
-            last, resolved = path, storage.relative_to(root or folder, within.removeprefix("file://"))
+            last, resolved = path, fields.located(root or folder, within)
         return resolved
 
     return resolve
