@@ -95,7 +95,7 @@ def open_manifest(
     if corpus and corpus != "librilight":
         root = storage.absolute(input)
         corpora.check(corpus, root)
-        return Manifest(root, f"corpus {corpus}", f"{root}/", lambda: corpora.read_corpus(corpus, root))
+        return Manifest(root, f"corpus {corpus}", f"{root}/", corpora.Corpus(corpus, root).read)
     if corpus or kind == "librilight":
         return _open_recordings_folder(input, librilight.Cutting(segment_seconds, max_seconds, max_silence))
     if "," in input and not storage.exists(input):

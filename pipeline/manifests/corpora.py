@@ -6,7 +6,6 @@ sorted, into a folder for temporary files, and streamed from there.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import tempfile
@@ -29,14 +28,29 @@ if TYPE_CHECKING:
 _AUDIO = (".flac", ".wav", ".mp3", ".ogg", ".opus")
 
 
-def read_corpus(name: str, root: str) -> Iterator[Utterance | Reject]:
-    """Utterances as the recipe finds them, part by part in the order of names; then rejects for what it left out."""
-    folder = prepared(name, root)
-    for recordings in sorted(folder.glob("*-recordings.jsonl")):
-        supervisions = recordings.with_name(recordings.name.replace("-recordings.", "-supervisions."))
-        yield from read_recordings(str(recordings), str(supervisions), lambda path: path)
-    for line in (folder / "left-out.jsonl").read_bytes().splitlines():
-        yield Reject(**orjson.loads(line))
+class Corpus:
+    """A corpus in a local folder. Its recipe runs when it is first read, and not again as long as this object lives."""
+
+    def __init__(self, name: str, root: str) -> None:
+        self.name, self.root = name, root
+        self._prepared: tempfile.TemporaryDirectory | None = None
+
+    def read(self) -> Iterator[Utterance | Reject]:
+        """Utterances part by part, sorted by recording; then rejects for what the recipe left out.
+
+        Raises:
+            ManifestError: the folder is not laid out as the recipe expects.
+        """
+        if self._prepared is None:
+            prepared = tempfile.TemporaryDirectory(prefix=f"{self.name}-")
+            _run(self.name, Path(self.root), Path(prepared.name))
+            self._prepared = prepared
+        folder = Path(self._prepared.name)
+        for recordings in sorted(folder.glob("*-recordings.jsonl")):
+            supervisions = recordings.with_name(recordings.name.replace("-recordings.", "-supervisions."))
+            yield from read_recordings(str(recordings), str(supervisions), lambda path: path)
+        for line in (folder / "left-out.jsonl").read_bytes().splitlines():
+            yield Reject(**orjson.loads(line))
 
 
 def check(name: str, root: str) -> None:
@@ -51,34 +65,9 @@ def check(name: str, root: str) -> None:
         raise ManifestError(f"{root}: there is no such folder; the corpus {name} is expected there, unpacked")
 
 
-def prepared(name: str, root: str) -> Path:
-    """The folder with the recipe's manifests of exactly these files; made where it is not there yet.
-
-    Raises:
-        ManifestError: the folder is not laid out as the recipe expects.
-    """
-    import lhotse
-
-    digest = hashlib.sha256(f"{lhotse.__version__}\0{os.path.abspath(root)}\0".encode())
-    digest.update(fingerprint.of_folder(root)["sha256"].encode())
-    folder = Path(tempfile.gettempdir(), f"lina-ray-{os.getuid()}", f"{name}-{digest.hexdigest()[:16]}")
-    if folder.is_dir():
-        return folder
-    folder.parent.mkdir(mode=0o700, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as unfinished:
-        _run(name, Path(root).absolute(), Path(unfinished, "done"))
-        try:
-            os.rename(Path(unfinished, "done"), folder)
-        except OSError:
-            if not folder.is_dir():  # else another process was first, with the same content
-                raise
-    return folder
-
-
 def _run(name: str, root: Path, folder: Path) -> None:
     from lhotse import RecordingSet
 
-    folder.mkdir()
     unreadable: dict[str, str] = {}
     with _warnings() as warnings, _unreadable_headers(unreadable):
         try:
@@ -95,7 +84,7 @@ def _run(name: str, root: Path, folder: Path) -> None:
         supervisions = [s for s in sets["supervisions"] if s.recording_id in recordings]
         supervisions.sort(key=lambda s: (s.recording_id, s.start, s.id))
         _write(folder / f"{part}-recordings.jsonl", (recordings[id].to_dict() for id in sorted(recordings)))
-        _write(folder / f"{part}-supervisions.jsonl", (s.to_dict() for s in supervisions))
+        _write(folder / f"{part}-supervisions.jsonl", map(_without_alignment, supervisions))
     _write(folder / "left-out.jsonl", (r._asdict() for r in _left_out(root, used, unreadable, warnings)))
 
 
@@ -110,6 +99,10 @@ def _left_out(root: Path, used: set[str], unreadable: dict[str, str], warnings: 
             detail = f"{path}: the recipe does not use it: no transcript names it, or it is known to be faulty"
             yield Reject(Path(path).stem, "manifest", "not-in-corpus", detail, path)
     yield from (Reject("", "manifest", "recipe-warning", warning, "") for warning in sorted(warnings))
+
+
+def _without_alignment(supervision: lhotse.SupervisionSegment) -> dict[str, Any]:
+    return {name: value for name, value in supervision.to_dict().items() if name != "alignment"}
 
 
 def _write(path: Path, items: Iterator[dict[str, Any]]) -> None:
