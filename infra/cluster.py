@@ -3,9 +3,10 @@
     python -m infra.cluster start|status|stop      # what `make cluster` and `make cluster-stop` run
 
 `start` runs a Ray head in the project's folder, so that `ray job submit -- python jobs/tokenize.py` finds its files
-without being told where they are. `stop` ends the processes of that cluster and no others: every one of them inherits a
-mark in its environment, whereas `ray stop` would end whatever Ray runs on the machine. Who may log in to this machine
-can submit jobs in your name, unless RAY_AUTH_MODE=token is exported where you start and submit.
+without being told where they are. `stop` ends the processes of that cluster and no others: each inherits a mark in its
+environment or writes into the cluster's folder, whereas `ray stop` would end whatever Ray runs on the machine. Whoever
+may log in to this machine can submit jobs in your name, unless RAY_AUTH_MODE=token is exported where you start and
+submit.
 
 Jobs call `connect()`. Within a submitted job it joins the job's cluster; anywhere else it starts Ray for this process
 alone, with all CPUs and GPUs of the machine, and takes it away at exit.
@@ -80,6 +81,7 @@ def start(
     """
     if running := find(folder):
         return running
+    stop(folder)  # What a killed head left.
     _refuse_taken(dashboard_port)
     _token()
     temporary = tempfile.mkdtemp(prefix="lina-ray-", dir="/tmp")
