@@ -81,14 +81,18 @@ class Signal(NamedTuple):
 
 
 def probe(url: str) -> AudioInfo:
-    """Length, rate and channels out of the header alone.
+    """Length, rate and channels, without decoding the recording.
 
     Raises:
-        Unusable: the file cannot be opened, is no audio, or its header is impossible or gives no length.
+        Unusable: the file cannot be opened, is no audio, or its header is impossible, gives no length or claims more
+            than the file can hold.
+        OSError: the storage failed.
     """
     with opened(url) as recording:
         if recording.length_unknown:
             raise Unusable("unknown-length", f"{url}: a streamed file without its length; re-encode it")
+        if shortfall := recording.shortfall():
+            raise Unusable("truncated", f"{url}: {shortfall}")
         frames, rate = recording.frames, recording.rate
         return AudioInfo(frames, rate, recording.channels, frames / rate)
 

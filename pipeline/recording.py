@@ -28,6 +28,8 @@ _BLOCK_VALUES = 1 << 20
 """Values (frames times channels) decoded at a time: 4 MiB of float32 however many channels a header invents."""
 _REMOTE_BLOCK, _REMOTE_BLOCKS_KEPT = 256 << 10, 32
 _HEADER_SLACK = 4096
+_MOST_SAMPLES_A_BYTE = 16
+"""More than that is silence or a lie: whether the last sample is there tells which."""
 _MP3_PREROLL = 1152 * 10
 """Frames decoded ahead of an MP3 segment: Layer III frames borrow bits from those before them."""
 _OGG_LAST_PAGE = 4
@@ -92,6 +94,9 @@ class Recording:
             page = tail.rfind(b"OggS")
             if page < 0 or page + 5 >= len(tail) or not tail[page + 5] & _OGG_LAST_PAGE:
                 return "the Ogg stream has no last page"
+        few_bytes = self._size < self.frames * self.channels / _MOST_SAMPLES_A_BYTE
+        if few_bytes and not self.length_unknown and not len(self.read_mono(self.frames - 1, 1)):
+            return f"the header has {self.frames} samples, the file far fewer"
         return ""
 
     def _blocks(self, first: int, count: int, block_frames: int = _BLOCK_VALUES) -> Iterator[np.ndarray]:
