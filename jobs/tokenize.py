@@ -13,7 +13,8 @@ import sys
 
 # This file has the name of a module of the standard library, and Python puts its folder first on sys.path: everything
 # that imports `tokenize` would get this file, in Ray's workers, too. The project's folder takes that place.
-sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+if __name__ == "__main__":
+    sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 import argparse
 import time
@@ -23,7 +24,8 @@ from typing import Any
 from infra import config as configs
 from pipeline.tokenize_config import TokenizeConfig
 
-DEMO = os.path.join(sys.path[0], "infra", "configs", "tokenize", "demo.yaml")
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+DEMO = os.path.join(ROOT, "infra", "configs", "tokenize", "demo.yaml")
 
 
 def main() -> int:
@@ -129,7 +131,7 @@ def work(plan: Any, config: TokenizeConfig, codec: Any) -> dict[str, Any]:
 
             tokenization.run(plan, config, codec, on_progress)
         wall = time.monotonic() - start
-        summary = finalize.finish(plan, config, codec, name)
+        summary = finalize.finish(plan, config.output)
         run.log_metrics(
             {
                 "total_hours": summary["hours"],

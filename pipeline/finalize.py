@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import posixpath
 from collections import Counter
 from typing import Any
 
@@ -76,3 +77,10 @@ def is_finished(plan: Plan, dataset: str) -> bool:
     if not storage.exists(storage.join(dataset, DATASET_FILE)):
         return False
     return read_summary(dataset).get("plan") == plan.digest
+
+
+def finish(plan: Plan, dataset: str) -> dict[str, Any]:
+    """Writes `dataset.json`, the card and the plots of a dataset whose shards are all there; returns the summary."""
+    summary = summarize(plan, dataset, posixpath.basename(dataset.rstrip("/")))
+    write_summary(summary, dataset)
+    return summary

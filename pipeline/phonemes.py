@@ -173,7 +173,7 @@ def _plural(last: str) -> tuple[str, ...]:
 
 @contextmanager
 def _unchecked_inflect() -> Iterator[None]:
-    """g2p-en spells numbers with inflect, which has every function rewritten by typeguard: 1.7 of its 1.8 s of import."""
+    """g2p-en spells numbers with inflect, which lets typeguard rewrite every function: 1.7 of its 1.8 s of import."""
     import typeguard
 
     rewrite = typeguard.typechecked

@@ -55,6 +55,9 @@ class Plan:
     config: dict[str, Any]
     """The fields of the configuration that decide what the shards hold."""
     codec: dict[str, Any]
+    """The codec's identity."""
+    codec_source: str
+    """What the command line named as codec: a name or a folder."""
     manifest: dict[str, Any]
     """Fingerprint of the input."""
     audio_base: str

@@ -70,7 +70,7 @@ def make_plan(
         _require_same(existing, config, codec, fingerprint)
         return dataclasses.replace(existing, audio_base=base)
     items = lengths.with_lengths(iter(manifest), config, find_speech)
-    plan = Plan(identity(config), codec.identity.to_dict(), fingerprint, base, {})
+    plan = Plan(identity(config), codec.identity.to_dict(), config.codec, fingerprint, base, {})
     output = None if dry_run else config.output
     round_, rejects = planning.make_round(items, config, _sizes(plan), "plan.parquet", 0, output, progress)
     plan = dataclasses.replace(plan, rejects=rejects).with_round(round_)

@@ -11,15 +11,18 @@ import io
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from infra import storage
 from pipeline import shards
 from pipeline.finalize import DATASET_FILE, read_summary, summarize
-from pipeline.plan import Plan, PlanError, read_rows, shard_digest
+from pipeline.plan import Plan, PlanError, differences, read_rows, shard_digest
 from pipeline.tokenization import missing_shards
+
+if TYPE_CHECKING:
+    from model.codec import Codec
 
 REMEDY = "delete its .json in shards/ and run the tokenize command again"
 
@@ -40,15 +43,16 @@ class Checked(NamedTuple):
     faults: list[Fault]
 
 
-def verify(dataset: str, on_shard: Callable[[Checked], None]) -> list[Fault]:
-    """Checks a whole dataset, shards in parallel on Ray.
-
-    Raises:
-        PlanError: there is no dataset, or its plan is damaged.
-    """
+def load_plan(dataset: str) -> Plan:
+    """The plan of a dataset. Raises PlanError where there is none, or a damaged one."""
     plan = Plan.load(dataset)
     if plan is None:
         raise PlanError(f"{dataset} is no dataset: it has no plan.json")
+    return plan
+
+
+def verify(plan: Plan, dataset: str, on_shard: Callable[[Checked], None]) -> list[Fault]:
+    """Checks every shard, in parallel on Ray, and the totals."""
     missing = missing_shards(plan, dataset)
     faults = [Fault(shards.shard_name(shard), "not made yet; run the tokenize command again") for shard in missing]
     for checked in _in_parallel(plan, dataset, sorted(set(plan.shards) - set(missing))):
@@ -57,6 +61,22 @@ def verify(dataset: str, on_shard: Callable[[Checked], None]) -> list[Fault]:
     if not faults:
         faults += _check_summary(plan, dataset)
     return faults
+
+
+def codec_of(plan: Plan, source: str | None = None, weights: str | None = None) -> Codec:
+    """The codec that a dataset was made with, from where it was then or from `source`.
+
+    Raises:
+        CodecError: it cannot be had, or is another one.
+    """
+    from model.codec_config import CodecError
+    from pipeline.codec_weights import resolve
+
+    codec = resolve(source or plan.codec_source, weights)
+    changed = differences(plan.codec, codec.identity.to_dict(), "codec ")
+    if changed:
+        raise CodecError("the dataset was made with another codec; name that one with --codec: " + ", ".join(changed))
+    return codec.build()
 
 
 def check_shard(plan: Plan, dataset: str, shard: int) -> Checked:
@@ -100,7 +120,7 @@ def sample_spread(plan: Plan, dataset: str, count: int) -> Iterator[shards.Sampl
         yield from (samples[place] for place in places.tolist())
 
 
-def check_decoding(samples: list[shards.Sample], codec: Any) -> list[Fault]:
+def check_decoding(samples: list[shards.Sample], codec: Codec) -> list[Fault]:
     """Decodes samples; each has to give finite audio of its length, to a frame."""
     faults = []
     for sample in samples:
@@ -112,6 +132,18 @@ def check_decoding(samples: list[shards.Sample], codec: Any) -> list[Fault]:
                 Fault(sample.key, f"decodes to {seconds:.2f} s, recorded were {sample.meta['seconds']:.2f} s")
             )
     return faults
+
+
+def original(plan: Plan, sample: shards.Sample) -> np.ndarray:
+    """The recording that a sample was made from, float32 [n] at the codec's rate. Raises Unusable if it has gone."""
+    from pipeline.audio import clean_audio
+
+    source = sample.meta["source"]
+    url = storage.relative_to(plan.audio_base, source["audio"])
+    rate = plan.codec["sample_rate"]
+    return clean_audio(
+        url, source["start"], source["duration"], target_rate=rate, max_seconds=plan.config["max_seconds"]
+    )
 
 
 def _in_parallel(plan: Plan, dataset: str, todo: list[int]) -> Iterator[Checked]:

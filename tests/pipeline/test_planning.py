@@ -130,7 +130,7 @@ def test_what_needs_no_audio_to_be_refused_is_refused_at_once(fields, reason):
 
 def test_a_plan_survives_its_file_and_notices_a_change(tmp_path):
     round_, rejects = make_round([utterance(1)], TokenizeConfig(), SIZES, "plan.parquet")
-    plan = Plan({"a": 1}, {"name": "c"}, {"sha256": "0"}, "/corpus", rejects).with_round(round_)
+    plan = Plan({"a": 1}, {"name": "c"}, "demo", {"sha256": "0"}, "/corpus", rejects).with_round(round_)
     plan.save(str(tmp_path))
     assert Plan.load(str(tmp_path)) == plan
     assert Plan.load(str(tmp_path / "nothing")) is None

@@ -1,0 +1,213 @@
+"""From a manifest to a verified dataset on a real Ray, and again, whatever happened in between."""
+
+import dataclasses
+import json
+import os
+import random
+import signal
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import soundfile
+
+from jobs.tokenize import tokenize
+from pipeline import verification
+from pipeline.finalize import read_summary
+from pipeline.plan import PlanError
+from pipeline.tokenize_config import TokenizeConfig
+from tests.corpora import write_codec, write_corpus
+
+pytestmark = pytest.mark.usefixtures("local_ray")
+
+
+@pytest.fixture(scope="module")
+def codec(tmp_path_factory):
+    return write_codec(tmp_path_factory.mktemp("codec"))
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """140 utterances: two shards of 70 at the smallest, more with a smaller shard size."""
+    return write_corpus(tmp_path_factory.mktemp("corpus"), 140)
+
+
+def config_of(corpus, output, codec, **fields):
+    defaults = {"input": str(corpus), "output": str(output), "codec": codec, "tracking": "none"}
+    return TokenizeConfig(**defaults | {"shard_megabytes": 0.05, "batch_seconds": 12.0, "device": "cpu"} | fields)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, corpus, codec, local_ray):
+    output = tmp_path_factory.mktemp("undisturbed") / "tokens"
+    assert tokenize(config_of(corpus, output, codec), False, False) == 0
+    return output
+
+
+def contents(output: Path) -> dict[str, bytes]:
+    """Every file that a shard's work leaves."""
+    files = [path for name in ("shards", "quarantine") for path in sorted((output / name).iterdir())]
+    return {str(path.relative_to(output)): path.read_bytes() for path in files} | {
+        "dataset.json": (output / "dataset.json").read_bytes()
+    }
+
+
+def faults_of(output):
+    plan = verification.load_plan(str(output))
+    return verification.verify(plan, str(output), lambda checked: None)
+
+
+def test_every_utterance_is_in_a_shard_and_verifies(undisturbed, codec):
+    summary = read_summary(str(undisturbed))
+    assert summary["samples"] == summary["utterances"] == 140 and len(summary["shardlist"]) > 4
+    plan = verification.load_plan(str(undisturbed))
+    assert faults_of(undisturbed) == []
+    samples = list(verification.sample_spread(plan, str(undisturbed), 9))
+    assert len(samples) >= 9
+    assert verification.check_decoding(samples, verification.codec_of(plan)) == []
+    assert abs(len(verification.original(plan, samples[0])) / 24_000 - samples[0].meta["seconds"]) < 1e-4
+
+
+def test_running_again_does_nothing(undisturbed, corpus, codec):
+    before = {path: path.stat().st_mtime_ns for path in undisturbed.rglob("*") if path.is_file()}
+    assert tokenize(config_of(corpus, undisturbed, codec), False, False) == 0
+    assert before == {path: path.stat().st_mtime_ns for path in undisturbed.rglob("*") if path.is_file()}
+
+
+def test_other_actors_and_another_place_give_the_same_bytes(tmp_path, undisturbed, corpus, codec):
+    moved = tmp_path / "elsewhere"
+    moved.mkdir()
+    for path in corpus.parent.iterdir():
+        os.link(path, moved / path.name)
+    config = config_of(moved / corpus.name, tmp_path / "tokens", codec, codec_actors=1, wave_batches=3)
+    assert tokenize(config, False, False) == 0
+    mine, theirs = contents(tmp_path / "tokens"), contents(undisturbed)
+    assert mine == theirs
+
+
+def test_what_is_missing_is_made_again_and_nothing_else(tmp_path, undisturbed, corpus, codec):
+    output = tmp_path / "tokens"
+    config = config_of(corpus, output, codec)
+    assert tokenize(config, False, False) == 0
+    (output / "shards/000001.json").unlink()
+    (output / "shards/000001.tar").write_bytes(b"half a tar")
+    (output / "shards/.000002.tar.part-deadbeef").write_bytes(b"left by a killed writer")
+    (output / "shards/000003.index.parquet").unlink()
+    (output / "shards/000003.json").unlink()
+    kept = (output / "shards/000002.tar").stat().st_mtime_ns
+    assert [fault.where for fault in faults_of(output)] == ["000001", "000003"]
+    assert tokenize(config, False, False) == 0
+    assert contents(output) == contents(undisturbed)
+    assert (output / "shards/000002.tar").stat().st_mtime_ns == kept
+
+
+def test_verify_names_what_is_damaged(tmp_path, corpus, codec):
+    output = tmp_path / "tokens"
+    assert tokenize(config_of(corpus, output, codec), False, False) == 0
+    data = bytearray((output / "shards/000002.tar").read_bytes())
+    data[700] ^= 1
+    (output / "shards/000002.tar").write_bytes(data)
+    faults = faults_of(output)
+    assert faults and {fault.where for fault in faults} == {"000002"} and "sha256" in faults[0].what
+
+
+@pytest.mark.parametrize(
+    "change, told", [({"codebooks": 4}, "codebooks: 8 → 4"), ({"min_seconds": 0.5}, "min_seconds")]
+)
+def test_a_changed_configuration_is_refused_with_what_differs(undisturbed, corpus, codec, change, told):
+    with pytest.raises(PlanError, match=told):
+        tokenize(config_of(corpus, undisturbed, codec, **change), False, False)
+
+
+def test_a_changed_manifest_is_refused(tmp_path, codec):
+    corpus = write_corpus(tmp_path / "corpus", 4)
+    config = config_of(corpus, tmp_path / "tokens", codec)
+    assert tokenize(config, False, False) == 0
+    corpus.write_text(corpus.read_text().replace("spk0/0000", "spk0/other"))
+    with pytest.raises(PlanError, match="manifest sha256"):
+        tokenize(config, False, False)
+
+
+def test_a_dry_run_tells_the_plan_and_writes_nothing(tmp_path, corpus, codec, capsys):
+    assert tokenize(config_of(corpus, tmp_path / "tokens", codec), True, False) == 0
+    assert "140 utterances" in capsys.readouterr().out
+    assert not (tmp_path / "tokens").exists()
+
+
+def test_rejects_are_tried_again_and_only_they(tmp_path, codec):
+    corpus = write_corpus(tmp_path / "corpus", 30)
+    hidden = {name: (corpus.parent / name).read_bytes() for name in ("0003.flac", "0017.flac", "0021.flac")}
+    for name in hidden:
+        (corpus.parent / name).unlink()
+    config = config_of(corpus, tmp_path / "tokens", codec)
+    assert tokenize(config, False, False) == 3
+    assert read_summary(config.output)["rejects"] == {"decode/missing-file": 3}
+    before = (tmp_path / "tokens/shards/000000.tar").read_bytes()
+    for name in ("0003.flac", "0017.flac"):
+        (corpus.parent / name).write_bytes(hidden[name])
+    config = dataclasses.replace(config, max_reject_fraction=0.5)
+    assert tokenize(config, False, True) == 0
+    summary = read_summary(config.output)
+    assert (summary["samples"], summary["utterances"], summary["rejects"]) == (29, 30, {"decode/missing-file": 1})
+    assert (tmp_path / "tokens/shards/000000.tar").read_bytes() == before
+    assert faults_of(tmp_path / "tokens") == []
+    (corpus.parent / "0021.flac").write_bytes(hidden["0021.flac"])
+    assert tokenize(config, False, True) == 0
+    assert read_summary(config.output)["rejects"] == {} and faults_of(tmp_path / "tokens") == []
+
+
+def test_copies_are_found_by_their_audio_and_text(tmp_path, codec):
+    corpus = write_corpus(tmp_path / "corpus", 20)
+    rows = [json.loads(line) for line in corpus.read_text().splitlines()]
+    wave, rate = soundfile.read(corpus.parent / rows[2]["audio"])
+    soundfile.write(corpus.parent / "copy.wav", wave, rate)
+    rows += [rows[2] | {"id": "copy", "audio": "copy.wav"}, rows[2] | {"id": "other-text", "text": "another sentence."}]
+    corpus.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = config_of(corpus, tmp_path / "tokens", codec)
+    assert tokenize(config, False, False) == 0
+    lines = "".join(path.read_text() for path in sorted((tmp_path / "tokens/quarantine").glob("0*.jsonl")))
+    (reject,) = map(json.loads, lines.splitlines())
+    assert (reject["stage"], reject["reason"]) == ("write", "duplicate-audio") and rows[2]["id"] in reject["detail"]
+    assert tokenize(config, False, True) == 0, "a copy is not tried again"
+    assert read_summary(config.output)["rejects"] == {"write/duplicate-audio": 1}
+
+
+def test_workers_killed_at_random_change_nothing(tmp_path, undisturbed, corpus, codec):
+    """SIGKILL to decoding, encoding, collecting and writing processes while they work."""
+    chance = random.Random(7)
+    over = threading.Event()
+    killed = []
+
+    def kill() -> None:
+        while not over.wait(chance.uniform(0.5, 2.0)):
+            workers = [p for p in psutil.process_iter(["cmdline"]) if _is_worker_of(p, os.getpid())]
+            if workers and len(killed) < 5:
+                victim = chance.choice(workers)
+                killed.append(victim.info["cmdline"][0])
+                os.kill(victim.pid, signal.SIGKILL)
+
+    thread = threading.Thread(target=kill)
+    thread.start()
+    try:
+        deadline = time.monotonic() + 120
+        output = tmp_path / "tokens"
+        while not len(killed) >= 2 and time.monotonic() < deadline:
+            if output.exists():
+                for sidecar in (output / "shards").glob("*.json"):
+                    sidecar.unlink()
+            assert tokenize(config_of(corpus, output, codec), False, False) == 0
+    finally:
+        over.set()
+        thread.join()
+    assert len(killed) >= 2
+    assert contents(output) == contents(undisturbed)
+
+
+def _is_worker_of(process: psutil.Process, driver: int) -> bool:
+    try:
+        title = (process.info["cmdline"] or [""])[0]
+        return title.startswith("ray::") and "MapBatches" in title and driver in [p.pid for p in process.parents()]
+    except psutil.Error:
+        return False
