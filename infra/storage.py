@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import os
 import posixpath
+import shutil
 import uuid
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, BinaryIO
 
 if TYPE_CHECKING:
     import fsspec
@@ -60,6 +63,16 @@ def read_bytes(url: str) -> bytes:
     return fs.cat_file(path)
 
 
+def read_range(url: str, start: int, stop: int) -> bytes:
+    """Bytes `start` to `stop` of a file; fewer where it ends before."""
+    if is_local(url):
+        with open(absolute(url), "rb") as file:
+            file.seek(start)
+            return file.read(stop - start)
+    fs, path = filesystem(url)
+    return fs.cat_file(path, start=start, end=stop)
+
+
 def read_text(url: str) -> str:
     return read_bytes(url).decode("utf-8")
 
@@ -70,20 +83,8 @@ def write_bytes(url: str, data: bytes) -> None:
         fs, path = filesystem(url)
         fs.pipe_file(path, data)
         return
-    path = absolute(url)
-    folder, name = os.path.split(path)
-    os.makedirs(folder, exist_ok=True)
-    temporary = os.path.join(folder, f".{name}{_TEMPORARY}{uuid.uuid4().hex[:8]}")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        if os.path.exists(temporary):
-            os.unlink(temporary)
-        raise
+    with _replacing(absolute(url)) as file:
+        file.write(data)
 
 
 def write_text(url: str, text: str) -> None:
@@ -115,3 +116,31 @@ def remove_leftovers(url: str) -> int:
     for name in leftovers:
         remove(join(url, name))
     return len(leftovers)
+
+
+def upload(local: str, url: str) -> None:
+    """Puts a local file at `url`, whole or not at all, without holding it in memory."""
+    if not is_local(url):
+        fs, path = filesystem(url)
+        fs.put_file(local, path)
+        return
+    with open(local, "rb") as source, _replacing(absolute(url)) as file:
+        shutil.copyfileobj(source, file, 1 << 20)
+
+
+@contextmanager
+def _replacing(path: str) -> Iterator[BinaryIO]:
+    """A file that takes the place of `path` at the end of the block, and leaves no trace if that fails."""
+    folder, name = os.path.split(path)
+    os.makedirs(folder, exist_ok=True)
+    temporary = os.path.join(folder, f".{name[:200]}{_TEMPORARY}{uuid.uuid4().hex[:8]}")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        if os.path.exists(temporary):
+            os.unlink(temporary)
+        raise

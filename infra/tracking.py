@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 _PARAM_LENGTH, _TAG_LENGTH, _NAME_LENGTH, _DIGEST_LENGTH = 6000, 8000, 250, 36
 _BATCH = 1000
+_NOTE = "mlflow-run.json"
 
 
 class TrackingError(RuntimeError):
@@ -84,6 +85,18 @@ def track(
         if monitor:
             monitor.finish()
         run.close(status)
+
+
+def remember_run(folder: str, run: Run) -> None:
+    """Notes beside what a job makes which run made it, so that a resumed job continues that run."""
+    if run.run_id:
+        storage.write_text(storage.join(folder, _NOTE), json.dumps({"run_id": run.run_id}) + "\n")
+
+
+def known_run(folder: str) -> str | None:
+    """The id that `remember_run` noted in a folder."""
+    note = storage.join(folder, _NOTE)
+    return json.loads(storage.read_bytes(note))["run_id"] if storage.exists(note) else None
 
 
 def default_uri() -> str:
