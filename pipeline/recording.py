@@ -148,9 +148,9 @@ class Recording:
 
 def _mono(block: np.ndarray, channel: int | None) -> np.ndarray:
     """float32 [frames, channels] to [frames]: one channel, or the mean of all."""
-    if channel is None and block.shape[1] > 1:
-        return block.mean(axis=1)
-    return block[:, channel or 0]
+    if block.shape[1] == 1:
+        return block[:, 0]
+    return block.mean(axis=1) if channel is None else block[:, channel].copy()  # a view would keep the whole block
 
 
 @contextmanager
@@ -170,19 +170,18 @@ def opened(url: str) -> Iterator[Recording]:
             raise Unusable("empty", f"{url}: no bytes")
         if url.lower().endswith(".raw"):
             raise Unusable("unreadable", f"{url}: headerless audio has no sample rate; convert it to WAV or FLAC")
-        source = raw.fileno() if storage.is_local(url) else _Remembering(raw)
+        remote = None if storage.is_local(url) else _Remembering(url, raw)
         try:
-            with _sequential()(source, closefd=False) as audio:
+            with _sequential()(remote or raw.fileno(), closefd=False) as audio:
                 recording = Recording(url, audio, raw, size)
                 recording.check_header()
                 yield recording
-        except soundfile.LibsndfileError as error:
-            _raise_storage_fault(source)
+        except (soundfile.LibsndfileError, Unusable) as error:
+            if remote:
+                remote.raise_fault()
             raise _as_unusable(url, error) from None
-        except Unusable:
-            _raise_storage_fault(source)
-            raise
-        _raise_storage_fault(source)
+        if remote:
+            remote.raise_fault()
 
 
 @cache
@@ -198,6 +197,8 @@ def _sequential() -> type:
 
 
 def _as_unusable(url: str, error: Any) -> Unusable:
+    if isinstance(error, Unusable):
+        return error
     text = error.error_string.strip().removeprefix("Error :").strip().rstrip(".")
     if "SF_INFO struct incomplete" in text:
         return Unusable("bad-sample-rate", f"{url}: the header's sample rate is 0 or negative")
@@ -216,8 +217,6 @@ def _opened_bytes(url: str) -> Iterator[BinaryIO]:
         raise Unusable("not-a-file", f"{url}: a folder") from None
     except PermissionError:
         raise Unusable("no-permission", f"{url}: may not be read") from None
-    except ValueError as error:  # a NUL or half a surrogate pair in the name, an unknown protocol
-        raise Unusable("missing-file", f"{url!r}: {error}") from None
     except OSError as error:
         if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
             raise Unusable("missing-file", f"{url[:200]!r}: {error.strerror}") from None
@@ -228,29 +227,41 @@ def _opened_bytes(url: str) -> Iterator[BinaryIO]:
 
 def _open_local(url: str) -> BinaryIO:
     path = storage.absolute(url)
-    if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait for its writer
+    try:
+        mode = os.stat(path).st_mode
+    except ValueError as error:  # a NUL or half a surrogate pair
+        raise Unusable("missing-file", f"{url!r}: {error}") from None
+    if not stat.S_ISREG(mode):  # opening a pipe would wait for its writer
         raise Unusable("not-a-file", f"{url}: not a regular file")
     return open(path, "rb", buffering=0)
 
 
 def _open_remote(url: str) -> BinaryIO:
-    fs, path = storage.filesystem(url)
+    try:
+        fs, path = storage.filesystem(url)
+    except ValueError as error:  # an unknown protocol
+        raise Unusable("missing-file", f"{url!r}: {error}") from None
     kept = {"maxblocks": _REMOTE_BLOCKS_KEPT}
-    return fs.open(path, "rb", block_size=_REMOTE_BLOCK, cache_type="blockcache", cache_options=kept)
+    try:
+        return fs.open(path, "rb", block_size=_REMOTE_BLOCK, cache_type="blockcache", cache_options=kept)
+    except OSError:
+        raise
+    except Exception as error:  # clients have their own exceptions for a service that does not answer
+        raise OSError(f"{url}: {type(error).__name__}: {error}") from error
 
 
 class _Remembering:
-    """A file for libsndfile's callbacks, which cannot raise: keeps the first storage error for afterwards."""
+    """A file for libsndfile's callbacks, which cannot raise: keeps the first error of the storage for afterwards."""
 
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self.fault: OSError | None = None
+    def __init__(self, url: str, file: BinaryIO) -> None:
+        self._url, self._file = url, file
+        self._fault: Exception | None = None
 
     def read(self, count: int) -> bytes:
         try:
-            return b"" if self.fault else self._file.read(count)
-        except OSError as error:
-            self.fault = error
+            return b"" if self._fault else self._file.read(count)
+        except Exception as error:
+            self._fault = error
             return b""
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
@@ -259,7 +270,6 @@ class _Remembering:
     def tell(self) -> int:
         return self._file.tell()
 
-
-def _raise_storage_fault(source: Any) -> None:
-    if isinstance(source, _Remembering) and source.fault:
-        raise source.fault
+    def raise_fault(self) -> None:
+        if self._fault:
+            raise OSError(f"{self._url}: {type(self._fault).__name__}: {self._fault}") from self._fault
