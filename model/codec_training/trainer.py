@@ -17,6 +17,7 @@ from torch import nn
 from model.codec import build_networks, codebook_name, weights_from_training
 from model.codec_config import CodecConfig, CodecError
 from model.codec_training import discriminator as adversary
+from model.codec_training.initialise import variance_preserving
 from model.codec_training.losses import Balancer, MelDistance
 from model.codec_training.quantiser import ResidualQuantiser, average_over_workers, perplexity
 
@@ -63,6 +64,7 @@ class CodecTrainer:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(recipe.seed)
             encoder, decoder = build_networks(config, norm="weight_norm")
+            variance_preserving(encoder, decoder)
             judge = adversary.build_discriminator(recipe.discriminator_filters, recipe.discriminator_windows)
         self.networks = nn.ModuleDict({"encoder": encoder, "decoder": decoder}).to(self.device)
         self.quantiser = ResidualQuantiser(config).to(self.device)
