@@ -8,11 +8,11 @@ wrong. Everything comes from installed packages; nothing is downloaded (`infra.n
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 
+from pipeline.spoken_numbers import number_speller
 from pipeline.text import PUNCTUATION, normalise
 
 PAD, BOS, EOS, UNK, SPACE = SPECIALS = ("<pad>", "<bos>", "<eos>", "<unk>", "<space>")
@@ -30,6 +30,8 @@ INVENTORY: tuple[str, ...] = (
 _IDS = {token: number for number, token in enumerate(INVENTORY)}
 
 _TOKEN = re.compile(r"[a-z']*[a-z][a-z'\-]*|[A-Z]|[.,?!;:\-]")
+_LETTERS_ONLY = re.compile(r"(?!.*(.)\1)[b-df-hj-np-tv-xz]{2,5}")
+"""Short and without a vowel, and not drawn out like `brr`: said letter by letter."""
 _STRONGEST_FIRST = "?!.;:,-"
 _HOMOGRAPHS = {
     "lead": (("VB", "NN", "JJ"), "L IY1 D", "L IY1 D"),
@@ -151,7 +153,7 @@ class _Pronouncer:
         return self.compose(word)
 
     def compose(self, word: str) -> Sequence[str]:
-        """A word of no lexicon: without its quotation marks, or its stem and a clitic, or the network's guess."""
+        """A word of no lexicon: without its quotation marks, stem and clitic, letters (mp), or the network's guess."""
         bare = word.strip("'")
         if bare in self.lexicon:
             return self.lexicon[bare][0]
@@ -162,6 +164,8 @@ class _Pronouncer:
         if stem and clitic == "'s":
             phones = self.pronounce(stem, "")
             return (*phones, *_plural(phones[-1]))
+        if _LETTERS_ONLY.fullmatch(bare):
+            return [phone for letter in bare for phone in self.pronounce(letter.upper(), "")]
         return self.guess(bare.replace("'", ""))
 
 
@@ -169,21 +173,6 @@ def _plural(last: str) -> tuple[str, ...]:
     if last in ("S", "Z", "SH", "ZH", "CH", "JH"):
         return ("IH0", "Z")
     return ("S",) if last in ("P", "T", "K", "F", "TH") else ("Z",)
-
-
-@contextmanager
-def _unchecked_inflect() -> Iterator[None]:
-    """g2p-en spells numbers with inflect, which lets typeguard rewrite every function: 1.7 of its 1.8 s of import."""
-    import typeguard
-
-    rewrite = typeguard.typechecked
-    typeguard.typechecked = lambda function: function
-    try:
-        import inflect  # noqa: F401
-
-        yield
-    finally:
-        typeguard.typechecked = rewrite
 
 
 @cache
@@ -196,8 +185,8 @@ def _pronouncer() -> _Pronouncer:
 
     if str(data) not in nltk.data.path:
         nltk.data.path.insert(0, str(data))
-    with _unchecked_inflect():
-        import g2p_en
+    number_speller()  # before g2p_en imports it in the slow way
+    import g2p_en
 
     g2p = g2p_en.G2p()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from functools import cache, lru_cache
+from typing import Any
 
 _NUMBER = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)"
 _DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -57,18 +58,24 @@ def cardinal(number: str) -> str:
         return " ".join(_DIGITS[int(digit)] for digit in digits)
     value = int(digits)
     if "," in number or not 1000 < value < 3000 or value == 2000:
-        return _inflect().number_to_words(value, andword="").replace(",", "")
+        return number_speller().number_to_words(value, andword="").replace(",", "")
     if 2000 < value < 2010:
         return f"two thousand {_DIGITS[value - 2000]}"
     if value % 100 == 0:
-        return f"{_inflect().number_to_words(value // 100)} hundred"
-    return _inflect().number_to_words(value, andword="", zero="oh", group=2).replace(",", "")
+        return f"{number_speller().number_to_words(value // 100)} hundred"
+    return number_speller().number_to_words(value, andword="", zero="oh", group=2).replace(",", "")
 
 
 @cache
-def _inflect():
-    import inflect
+def number_speller() -> Any:
+    """inflect's engine, imported without typeguard rewriting all its functions, which takes most of two seconds."""
+    import typeguard
 
+    rewrite, typeguard.typechecked = typeguard.typechecked, lambda function: function
+    try:
+        import inflect
+    finally:
+        typeguard.typechecked = rewrite
     return inflect.engine()
 
 
@@ -76,7 +83,7 @@ def _ordinal(match: re.Match) -> str:
     digits = match[1].replace(",", "")
     if len(digits) > _MOST_DIGITS:
         return cardinal(digits)
-    return _inflect().number_to_words(_inflect().ordinal(int(digits)), andword="").replace(",", "")
+    return number_speller().number_to_words(number_speller().ordinal(int(digits)), andword="").replace(",", "")
 
 
 def _decade(match: re.Match) -> str:
@@ -116,7 +123,7 @@ def _fraction(match: re.Match) -> str:
     whole, top, bottom = match[1], int(match[2]), int(match[3])
     if not 0 < top < bottom <= 10:
         return match[0]
-    part = {2: "half", 4: "quarter"}.get(bottom) or _inflect().number_to_words(_inflect().ordinal(bottom))
+    part = {2: "half", 4: "quarter"}.get(bottom) or number_speller().number_to_words(number_speller().ordinal(bottom))
     part = part if top == 1 else "halves" if bottom == 2 else f"{part}s"
     return f"{whole} and {'a' if top == 1 else top} {part}" if whole else f"{top} {part}"
 

@@ -18,6 +18,8 @@ from pipeline.utterances import Unusable
 
 PUNCTUATION = (".", ",", "?", "!", ";", ":", "-")
 MOST_CHARACTERS = 2000
+_LEAST_LATIN = 0.8
+"""Share of a text's letters that must be of the Latin alphabet."""
 
 _PLAIN = str.maketrans(
     {
@@ -63,8 +65,8 @@ def normalise(text: str, is_word: Callable[[str], bool]) -> str:
         is_word: whether a lower-case word has a known pronunciation; short capitals that have none are spelled (`BBC`).
 
     Raises:
-        Unusable: `empty-text`, `text-too-long`, `broken-text` (bytes that were not UTF-8) or `not-speakable` (nothing,
-            or less than half of the letters, is of the Latin alphabet).
+        Unusable: `empty-text`, `text-too-long`, `broken-text` (bytes that were not UTF-8) or `not-speakable` (nothing
+            of the Latin alphabet, or too many letters of others: what is dropped here is missing beside its audio).
     """
     if not text.strip():
         raise Unusable("empty-text", "the text is empty")
@@ -72,6 +74,8 @@ def normalise(text: str, is_word: Callable[[str], bool]) -> str:
         raise Unusable("text-too-long", f"{len(text)} characters, at most {MOST_CHARACTERS}; cut the utterance")
     if "\N{REPLACEMENT CHARACTER}" in text:
         raise Unusable("broken-text", "the text was decoded from bytes that are not UTF-8; convert the manifest")
+    if not any(character.isalnum() for character in text):
+        raise Unusable("not-speakable", "no letter and no digit in the text: only signs or emoji")
     text = (text if text.isascii() else _to_latin(text)).translate(_PLAIN)
     text = spell_roman(text)
     if any(c.isdigit() for c in text):
@@ -81,7 +85,7 @@ def normalise(text: str, is_word: Callable[[str], bool]) -> str:
     text = re.sub(r"[^a-z'.,?!;:\-A-Z]+", " ", text)
     text = re.sub(r"-{2,}|(?<![A-Za-z'])-+|-+(?![A-Za-z'])", " - ", text)
     if not re.search(r"[A-Za-z]", text):
-        raise Unusable("not-speakable", "no word in the text: only signs, emoji or another script")
+        raise Unusable("not-speakable", "no word of the Latin alphabet in the text")
     return " ".join(text.split())
 
 
@@ -91,7 +95,7 @@ def _to_latin(text: str) -> str:
     text = "".join(c for c in unicodedata.normalize("NFKD", text) if unicodedata.category(c) not in ("Mn", "Cf"))
     letters = [c for c in text if c.isalpha()]
     latin = sum(c.isascii() for c in letters)
-    if latin * 2 < len(letters):
+    if latin < _LEAST_LATIN * len(letters):
         raise Unusable("not-speakable", f"only {latin} of {len(letters)} letters are of the Latin alphabet")
     return re.sub(r"[^\x00-\x7f£€¥⁄]", " ", text)
 

@@ -19,7 +19,7 @@ import soundfile
 from pipeline.audio import REASONS, SignalLimits, check_signal, clean_audio, probe, read_segment, resample
 from pipeline.utterances import Unusable
 from tests.corpora import voiced
-from tests.pipeline.bad_input import patched, with_flac_samples, write_audio, write_long_silence
+from tests.pipeline.bad_input import patched, with_flac_samples, write_audio
 
 RATE = 22_050
 FORMATS = {
@@ -214,17 +214,17 @@ def test_streamed_files_without_a_length(tmp_path: Path, bad: tuple[Path, dict[s
         probe(str(tmp_path / "streamed.flac"))
 
 
-def test_long_and_wide_recordings_stay_small_in_memory(tmp_path: Path) -> None:
+def test_long_and_wide_recordings_stay_small_in_memory(tmp_path: Path, bad: tuple[Path, dict[str, str]]) -> None:
     """Ten hours are 1.2 GB as float32, 3 s of 1000 channels 192 MB; neither may ever be held."""
-    write_long_silence(tmp_path / "ten.flac")
+    ten_hours = bad[0] / "ten-hours.flac"
     wide = np.zeros((48_000, 1000), np.int16)
     wide[:, 3] = voiced(np.random.default_rng(0), 3.0, 16_000) * 32767
     soundfile.write(tmp_path / "wide.wav", wide, 16_000)
     tracemalloc.start()
     try:
-        assert reason_of(tmp_path / "ten.flac") == "too-long"
-        assert reason_of(tmp_path / "ten.flac", 35_990.0) == "silent"
-        assert probe(str(tmp_path / "ten.flac")).seconds == 36_000
+        assert reason_of(ten_hours) == "too-long"
+        assert reason_of(ten_hours, 35_990.0) == "silent"
+        assert probe(str(ten_hours)).seconds == 36_000
         assert len(read_segment(str(tmp_path / "wide.wav"), channel=3)[0]) == 48_000
         _, peak = tracemalloc.get_traced_memory()
     finally:
