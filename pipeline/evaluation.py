@@ -155,8 +155,21 @@ def compare(
             recording = original if name == ORIGINAL else systems[name](original, clip.rate)[: len(original)]
             scores[name].append(_scores(clip, original, voice, recording, recogniser))
         progress(done, len(clips))
-    draws = np.random.default_rng(_SEED).integers(0, len(clips), (_RESAMPLES, len(clips)))
-    return [Row(name, _figures(of, scores[ORIGINAL], draws, name == ORIGINAL)) for name, of in scores.items()]
+    return [Row(name, _figures(of, scores[ORIGINAL], name == ORIGINAL)) for name, of in scores.items()]
+
+
+def interval(parts: np.ndarray, wholes: np.ndarray) -> Figure:
+    """Sum of parts over sum of wholes, with the 2.5 and 97.5 percentiles over resampled clips.
+
+    Args:
+        parts, wholes: [clips]: errors and words of each; for a mean the wholes are ones. The same number of clips is
+            resampled in the same way every time.
+    """
+    draws = np.random.default_rng(_SEED).integers(0, len(parts), (_RESAMPLES, len(parts)))
+    totals = wholes[draws].sum(axis=1)
+    resampled = parts[draws].sum(axis=1)[totals > 0] / totals[totals > 0]
+    low, high = np.percentile(resampled, [2.5, 97.5])
+    return Figure(float(parts.sum() / wholes.sum()), float(low), float(high))
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -236,35 +249,20 @@ def _likeness(voice: np.ndarray, recording: np.ndarray, rate: int) -> float:
         return 0.0
 
 
-def _figures(
-    scores: list[_Scores], originals: list[_Scores], draws: np.ndarray, is_original: bool
-) -> dict[str, Figure]:
+def _figures(scores: list[_Scores], originals: list[_Scores], is_original: bool) -> dict[str, Figure]:
     counted = np.array([score.errors or (0, 0, 0, 0) for score in scores], dtype=np.float64)
     before = np.array([score.errors or (0, 0, 0, 0) for score in originals], dtype=np.float64)
     figures = {}
     if counted[:, 0].sum():
-        figures["wer"] = _ratio(counted[:, 1], counted[:, 0], draws)
-        figures["cer"] = _ratio(counted[:, 3], counted[:, 2], draws)
+        figures["wer"] = interval(counted[:, 1], counted[:, 0])
+        figures["cer"] = interval(counted[:, 3], counted[:, 2])
         if not is_original:
-            figures["wer_added"] = _ratio(counted[:, 1] - before[:, 1], counted[:, 0], draws)
+            figures["wer_added"] = interval(counted[:, 1] - before[:, 1], counted[:, 0])
     compared = ("mos", "dnsmos") if is_original else ("similarity", "stoi", "mel", "mos", "dnsmos", "clicks")
     for name in compared:
         values = np.array([getattr(score, name) for score in scores], dtype=np.float64)
-        figures[name] = _ratio(values, np.ones(len(values)), draws)
+        figures[name] = interval(values, np.ones(len(values)))
     return figures
-
-
-def _ratio(parts: np.ndarray, wholes: np.ndarray, draws: np.ndarray) -> Figure:
-    """Sum of parts over sum of wholes, with the 2.5 and 97.5 percentiles over resampled clips.
-
-    Args:
-        parts, wholes: [clips].
-        draws: [resamples, clips]: which clips a resample has.
-    """
-    totals = wholes[draws].sum(axis=1)
-    resampled = parts[draws].sum(axis=1)[totals > 0] / totals[totals > 0]
-    low, high = np.percentile(resampled, [2.5, 97.5])
-    return Figure(float(parts.sum() / wholes.sum()), float(low), float(high))
 
 
 def _cell(figure: Figure | None, name: str) -> str:

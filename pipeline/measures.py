@@ -18,6 +18,7 @@ import numpy as np
 
 _JUDGES_RATE = 16000
 _MELS = 80
+_SILENCE = 1e-4
 _LOWEST_OPUS, _HIGHEST_OPUS = 6.0, 256.0
 
 
@@ -66,9 +67,14 @@ def character_error_rate(errors: Sequence[WordErrors]) -> float:
 
 
 def voice_print(samples: np.ndarray, rate: int) -> np.ndarray:
-    """float32 [256] of length 1: who speaks in `samples`, float32 [time] (Resemblyzer, GE2E)."""
+    """float32 [256] of length 1: who speaks in `samples`, float32 [time] (Resemblyzer, GE2E).
+
+    Raises:
+        NoVoice: silence, or nothing that its voice activity detector takes for speech.
+    """
     resemblyzer = _needed("resemblyzer")
-    speech = resemblyzer.preprocess_wav(at_rate(samples, rate))
+    audible = np.abs(samples).max(initial=0.0) > _SILENCE
+    speech = resemblyzer.preprocess_wav(at_rate(samples, rate)) if audible else ()
     if len(speech) == 0:
         raise NoVoice("no voice was found: the audio is empty, silent or noise")
     return _voice_encoder().embed_utterance(speech)
