@@ -126,10 +126,11 @@ def _tidy(spans: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
             raise Unusable("bad-times", f"speech from {start} to {end} is not a span of seconds")
         if end <= start:
             continue
-        if tidy and start < tidy[-1][1]:
-            tidy[-1] = (tidy[-1][0], max(end, tidy[-1][1]))
-        else:
-            tidy.append((start, end))
+        last = tidy[-1][1] if tidy else 0.0
+        if start < last - _ROUNDING:
+            tidy[-1] = (tidy[-1][0], max(end, last))
+        elif end > last:
+            tidy.append((max(start, last), end))
     return tidy
 
 
