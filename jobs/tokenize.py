@@ -41,13 +41,15 @@ def main() -> int:
     except configs.ConfigError as error:
         parser.error(str(error))
 
-    from infra import cluster, tracking
+    from infra import cluster, storage, tracking
     from model.codec_config import CodecError
     from pipeline.manifests import ManifestError
     from pipeline.plan import PlanError
 
     try:
         with cluster.connect():
+            if arguments.config == DEMO and not storage.exists(config.input):
+                make_demo_corpus(os.path.dirname(config.input))
             return tokenize(config, arguments.dry_run, arguments.retry_quarantined)
     except (CodecError, ManifestError, PlanError, cluster.ClusterError, tracking.TrackingError) as error:
         print(f"tokenize: {error}", file=sys.stderr)
@@ -114,8 +116,10 @@ def work(plan: Any, config: TokenizeConfig, codec: Any) -> dict[str, Any]:
         config=identity(config) | {"input": config.input, "output": config.output},
         tags={"plan": plan.digest, "codec": plan.codec["name"], "codec_digest": plan.codec["digest"]},
         run_id=tracking.known_run(config.output),
-        enabled=config.tracking != "none",
+        tracking="none" if config.tracking == "none" else None,
     ) as run:
+        tracking.remember_run(config.output, run)
+        run.log_input(os.path.basename(config.input), plan.manifest["sha256"], config.input)
         with audio_bar(planned / 3600, (planned - todo) / 3600) as bar:
 
             def on_progress(row: dict[str, Any]) -> None:
@@ -131,7 +135,7 @@ def work(plan: Any, config: TokenizeConfig, codec: Any) -> dict[str, Any]:
 
             tokenization.run(plan, config, codec, on_progress)
         wall = time.monotonic() - start
-        summary = finalize.finish(plan, config.output)
+        summary = finalize.finish(plan, config.output, codec)
         run.log_metrics(
             {
                 "total_hours": summary["hours"],
@@ -145,12 +149,27 @@ def work(plan: Any, config: TokenizeConfig, codec: Any) -> dict[str, Any]:
                 **{f"rejects/{reason}": count for reason, count in summary["rejects"].items()},
             }
         )
-        run.log_input(name, summary["digest"], config.output)
-        for artifact in ("README.md", finalize.DATASET_FILE, "plots"):
-            if storage.is_local(config.output) and storage.exists(storage.join(config.output, artifact)):
-                run.log_artifact(storage.join(config.output, artifact))
-        tracking.remember_run(config.output, run)
+        run.log_input(name, summary["digest"], config.output, context="output")
+        for file in finalize.report_files(config.output):
+            run.log_artifact(storage.join(config.output, file), os.path.dirname(file) or None)
+        print(f"tracked   {run.where}")
     return summary
+
+
+def make_demo_corpus(folder: str) -> None:
+    from tqdm import tqdm
+
+    from pipeline.demo_corpus import DemoConfig, make
+
+    print(f"tokenize: there is no demo corpus in {folder} yet; making it (other sizes: jobs/make_demo_corpus.py)")
+    with tqdm(desc="demo corpus", unit=" blocks", mininterval=1.0) as bar:
+
+        def on_progress(done: int, total: int, seconds: float) -> None:
+            bar.total = total
+            bar.set_postfix_str(f"{seconds / 60:.1f} minutes of speech", refresh=False)
+            bar.update(done - bar.n)
+
+        make(DemoConfig(output=folder), on_progress)
 
 
 def describe_plan(plan: Any, codec: dict[str, Any]) -> str:

@@ -15,6 +15,7 @@ if __name__ == "__main__":
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 import argparse
+from typing import Any
 
 
 def main() -> int:
@@ -33,13 +34,14 @@ def main() -> int:
 
     from infra import cluster, storage
     from model.codec_config import CodecError
+    from pipeline.measures import EvaluationError
     from pipeline.plan import PlanError
 
     dataset = storage.absolute(arguments.dataset)
     try:
         with cluster.connect():
             return verify(dataset, arguments)
-    except (CodecError, PlanError, cluster.ClusterError) as error:
+    except (CodecError, PlanError, EvaluationError, cluster.ClusterError) as error:
         print(f"verify: {error}", file=sys.stderr)
         return 2
 
@@ -47,6 +49,7 @@ def main() -> int:
 def verify(dataset: str, arguments: argparse.Namespace) -> int:
     from tqdm import tqdm
 
+    from pipeline import samples as stored
     from pipeline import verification
 
     samples = rejects = size = 0
@@ -61,13 +64,49 @@ def verify(dataset: str, arguments: argparse.Namespace) -> int:
         faults = verification.verify(plan, dataset, on_shard)
     print(f"hashed    {size / 1e6:,.1f} MB: {samples:,} samples, {rejects:,} in the quarantine")
     if not faults and samples and arguments.samples:
-        codec = verification.codec_of(plan, arguments.codec, arguments.codec_weights)
-        spread = list(verification.sample_spread(plan, dataset, arguments.samples))
+        codec = stored.codec_of(plan, arguments.codec, arguments.codec_weights)
+        spread = list(stored.sample_spread(plan, dataset, arguments.samples))
         faults += verification.check_decoding(spread, codec)
         print(f"decoded   {len(spread)} samples, {sum(s.meta['seconds'] for s in spread):.1f} s")
-        if arguments.listen or arguments.evaluate:
-            report(plan, spread, codec, arguments)
+        table = evaluate(plan, spread, codec) if arguments.evaluate else ""
+        if arguments.listen:
+            print(f"listen    {listen(plan, spread, codec, arguments.listen, table)}")
     for fault in faults:
         print(f"fault     {fault.where}: {fault.what}")
     print("verify: nothing is wrong" if not faults else f"verify: {len(faults)} faults")
     return 1 if faults else 0
+
+
+def evaluate(plan: Any, samples: list, codec: Any) -> str:
+    """Prints and returns the table of original, decoded and Opus."""
+    from pipeline import evaluation
+    from pipeline.samples import original
+
+    rate = codec.identity.sample_rate
+    clips = [evaluation.Clip(s.meta["id"], original(plan, s), rate, s.meta["text"] or "") for s in samples]
+    table = evaluation.table(evaluation.evaluate_codec(clips, codec))
+    print(table)
+    return table
+
+
+def listen(plan: Any, samples: list, codec: Any, folder: str, notes: str) -> str:
+    """Writes the page; returns where it is."""
+    from pipeline.listening import Listened, Recording, write_page
+    from pipeline.samples import beside_decoded
+
+    rate = codec.identity.sample_rate
+    name = f"{codec.identity.name}, {plan.codec['frame_rate']:g} frames a second"
+    rows = [
+        Listened(
+            sample.meta["id"],
+            sample.meta["text"] or "",
+            [Recording("original", recording, rate), Recording("decoded", decoded, rate, name)],
+            sample.meta["speaker"],
+        )
+        for sample, recording, decoded in beside_decoded(plan, samples, codec)
+    ]
+    return write_page(rows, folder, "Recordings beside what their codes decode to", notes)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

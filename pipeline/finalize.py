@@ -10,14 +10,19 @@ import hashlib
 import json
 import posixpath
 from collections import Counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from infra import storage
-from pipeline import shards
+from pipeline import samples, shards
 from pipeline.plan import Plan
 from pipeline.tokenization import read_sidecars
 
+if TYPE_CHECKING:
+    from pipeline.codec_weights import ResolvedCodec
+
 DATASET_FILE = "dataset.json"
+PICTURED = 3
+"""Samples whose spectrograms are drawn."""
 
 
 def summarize(plan: Plan, dataset: str, name: str) -> dict[str, Any]:
@@ -79,8 +84,21 @@ def is_finished(plan: Plan, dataset: str) -> bool:
     return read_summary(dataset).get("plan") == plan.digest
 
 
-def finish(plan: Plan, dataset: str) -> dict[str, Any]:
-    """Writes `dataset.json`, the card and the plots of a dataset whose shards are all there; returns the summary."""
+def finish(plan: Plan, dataset: str, codec: ResolvedCodec) -> dict[str, Any]:
+    """Writes the card, the plots and, last, `dataset.json` of a dataset with all its shards; returns the summary."""
+    from pipeline.card import write_card
+    from pipeline.plots import Pair
+
     summary = summarize(plan, dataset, posixpath.basename(dataset.rstrip("/")))
+    spread = list(samples.sample_spread(plan, dataset, PICTURED))
+    shown = samples.beside_decoded(plan, spread, codec.build()) if spread else ()
+    rate = plan.codec["sample_rate"]
+    write_card(dataset, summary, [Pair(s.meta["id"], recording, decoded, rate) for s, recording, decoded in shown])
     write_summary(summary, dataset)
     return summary
+
+
+def report_files(dataset: str) -> list[str]:
+    """What people look at, relative to the dataset: summary, card and plots."""
+    plots = [f"plots/{name}" for name in storage.names(storage.join(dataset, "plots"))]
+    return [DATASET_FILE, *(["README.md"] if storage.exists(storage.join(dataset, "README.md")) else []), *plots]

@@ -18,7 +18,7 @@ import numpy as np
 from infra import storage
 from pipeline import shards
 from pipeline.finalize import DATASET_FILE, read_summary, summarize
-from pipeline.plan import Plan, PlanError, differences, read_rows, shard_digest
+from pipeline.plan import Plan, PlanError, read_rows, shard_digest
 from pipeline.tokenization import missing_shards
 
 if TYPE_CHECKING:
@@ -63,22 +63,6 @@ def verify(plan: Plan, dataset: str, on_shard: Callable[[Checked], None]) -> lis
     return faults
 
 
-def codec_of(plan: Plan, source: str | None = None, weights: str | None = None) -> Codec:
-    """The codec that a dataset was made with, from where it was then or from `source`.
-
-    Raises:
-        CodecError: it cannot be had, or is another one.
-    """
-    from model.codec_config import CodecError
-    from pipeline.codec_weights import resolve
-
-    codec = resolve(source or plan.codec_source, weights)
-    changed = differences(plan.codec, codec.identity.to_dict(), "codec ")
-    if changed:
-        raise CodecError("the dataset was made with another codec; name that one with --codec: " + ", ".join(changed))
-    return codec.build()
-
-
 def check_shard(plan: Plan, dataset: str, shard: int) -> Checked:
     """Re-hashes one shard and holds it against its sidecar, its index, its quarantine and the plan."""
     name = shards.shard_name(shard)
@@ -110,16 +94,6 @@ def check_shard(plan: Plan, dataset: str, shard: int) -> Checked:
     return Checked(len(samples), len(rejects), len(data), faults)
 
 
-def sample_spread(plan: Plan, dataset: str, count: int) -> Iterator[shards.Sample]:
-    """Up to `count` samples from shards spread evenly over the dataset."""
-    order = np.unique(np.linspace(0, len(plan.shards) - 1, min(count, len(plan.shards))).round().astype(int))
-    each = -(-count // max(len(order), 1))
-    for shard in order.tolist():
-        samples = list(shards.read_samples(storage.read_bytes(shards.tar_url(dataset, shard))))
-        places = np.unique(np.linspace(0, len(samples) - 1, min(each, len(samples))).round().astype(int))
-        yield from (samples[place] for place in places.tolist())
-
-
 def check_decoding(samples: list[shards.Sample], codec: Codec) -> list[Fault]:
     """Decodes samples; each has to give finite audio of its length, to a frame."""
     faults = []
@@ -132,18 +106,6 @@ def check_decoding(samples: list[shards.Sample], codec: Codec) -> list[Fault]:
                 Fault(sample.key, f"decodes to {seconds:.2f} s, recorded were {sample.meta['seconds']:.2f} s")
             )
     return faults
-
-
-def original(plan: Plan, sample: shards.Sample) -> np.ndarray:
-    """The recording that a sample was made from, float32 [n] at the codec's rate. Raises Unusable if it has gone."""
-    from pipeline.audio import clean_audio
-
-    source = sample.meta["source"]
-    url = storage.relative_to(plan.audio_base, source["audio"])
-    rate = plan.codec["sample_rate"]
-    return clean_audio(
-        url, source["start"], source["duration"], target_rate=rate, max_seconds=plan.config["max_seconds"]
-    )
 
 
 def _in_parallel(plan: Plan, dataset: str, todo: list[int]) -> Iterator[Checked]:

@@ -14,7 +14,7 @@ import pytest
 import soundfile
 
 from jobs.tokenize import tokenize
-from pipeline import verification
+from pipeline import samples, verification
 from pipeline.finalize import read_summary
 from pipeline.plan import PlanError
 from pipeline.tokenize_config import TokenizeConfig
@@ -64,10 +64,12 @@ def test_every_utterance_is_in_a_shard_and_verifies(undisturbed, codec):
     assert summary["samples"] == summary["utterances"] == 140 and len(summary["shardlist"]) > 4
     plan = verification.load_plan(str(undisturbed))
     assert faults_of(undisturbed) == []
-    samples = list(verification.sample_spread(plan, str(undisturbed), 9))
-    assert len(samples) >= 9
-    assert verification.check_decoding(samples, verification.codec_of(plan)) == []
-    assert abs(len(verification.original(plan, samples[0])) / 24_000 - samples[0].meta["seconds"]) < 1e-4
+    spread = list(samples.sample_spread(plan, str(undisturbed), 9))
+    assert len(spread) >= 9
+    assert verification.check_decoding(spread, samples.codec_of(plan)) == []
+    assert abs(len(samples.original(plan, spread[0])) / 24_000 - spread[0].meta["seconds"]) < 1e-4
+    assert "140 of 140" in (undisturbed / "README.md").read_text()
+    assert (undisturbed / "plots/spectrograms.png").stat().st_size > 10_000
 
 
 def test_running_again_does_nothing(undisturbed, corpus, codec):
@@ -81,7 +83,7 @@ def test_other_actors_and_another_place_give_the_same_bytes(tmp_path, undisturbe
     moved.mkdir()
     for path in corpus.parent.iterdir():
         os.link(path, moved / path.name)
-    config = config_of(moved / corpus.name, tmp_path / "tokens", codec, codec_actors=1, wave_batches=3)
+    config = config_of(moved / corpus.name, tmp_path / "tokens", codec, codec_actors=1, wave_batches=12)
     assert tokenize(config, False, False) == 0
     mine, theirs = contents(tmp_path / "tokens"), contents(undisturbed)
     assert mine == theirs

@@ -1,0 +1,68 @@
+"""Samples read back from a finished dataset: with their recordings, and through the codec that made them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from infra import storage
+from pipeline import shards
+from pipeline.plan import Plan, differences
+from pipeline.utterances import Unusable
+
+if TYPE_CHECKING:
+    from model.codec import Codec
+
+
+def codec_of(plan: Plan, source: str | None = None, weights: str | None = None) -> Codec:
+    """The codec that a dataset was made with, from where it was then or from `source`.
+
+    Raises:
+        CodecError: it cannot be had, or is another one.
+    """
+    from model.codec_config import CodecError
+    from pipeline.codec_weights import resolve
+
+    codec = resolve(source or plan.codec_source, weights)
+    changed = differences(plan.codec, codec.identity.to_dict(), "codec ")
+    if changed:
+        raise CodecError("the dataset was made with another codec; name that one with --codec: " + ", ".join(changed))
+    return codec.build()
+
+
+def sample_spread(plan: Plan, dataset: str, count: int) -> Iterator[shards.Sample]:
+    """Up to `count` samples from shards spread evenly over the dataset."""
+    order = np.unique(np.linspace(0, len(plan.shards) - 1, min(count, len(plan.shards))).round().astype(int))
+    each = -(-count // max(len(order), 1))
+    for shard in order.tolist():
+        samples = list(shards.read_samples(storage.read_bytes(shards.tar_url(dataset, shard))))
+        places = np.unique(np.linspace(0, len(samples) - 1, min(each, len(samples))).round().astype(int))
+        yield from (samples[place] for place in places.tolist())
+
+
+def original(plan: Plan, sample: shards.Sample) -> np.ndarray:
+    """The recording that a sample was made from, float32 [n] at the codec's rate. Raises Unusable if it has gone."""
+    from pipeline.audio import clean_audio
+
+    source = sample.meta["source"]
+    url = storage.relative_to(plan.audio_base, source["audio"])
+    rate = plan.codec["sample_rate"]
+    return clean_audio(
+        url, source["start"], source["duration"], target_rate=rate, max_seconds=plan.config["max_seconds"]
+    )
+
+
+def beside_decoded(
+    plan: Plan, samples: list[shards.Sample], codec: Codec
+) -> Iterator[tuple[shards.Sample, np.ndarray, np.ndarray]]:
+    """(sample, recording, decoded), both float32 of one length; samples whose recording has gone are left out."""
+    for sample in samples:
+        try:
+            recording = original(plan, sample)
+        except (Unusable, OSError):
+            continue
+        decoded = codec.decode([sample.codes])[0]
+        length = min(len(recording), len(decoded))
+        yield sample, recording[:length], decoded[:length]

@@ -1,0 +1,29 @@
+"""Drivers, workers and nodes killed at random moments: the same command again gives an undisturbed run's bytes."""
+
+import random
+
+import pytest
+
+from tests.chaos import SETTINGS, VICTIMS, contents, disturb, finish_run, start_run
+from tests.corpora import write_codec, write_corpus
+
+
+@pytest.fixture(scope="module")
+def fixed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("chaos")
+    return ["--input", str(write_corpus(folder / "corpus", 140)), "--codec", write_codec(folder / "codec"), *SETTINGS]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, fixed):
+    output = tmp_path_factory.mktemp("chaos-quiet") / "tokens"
+    assert finish_run(start_run([*fixed, "--output", str(output)], nodes=3)) == 0
+    return contents(output)
+
+
+@pytest.mark.parametrize("victim", VICTIMS)
+def test_a_kill_changes_no_byte(tmp_path, fixed, undisturbed, victim):
+    output = tmp_path / "tokens"
+    chance = random.Random(f"{victim} 1")
+    what = disturb([*fixed, "--output", str(output)], output, victim, chance)
+    assert contents(output) == undisturbed, what
