@@ -127,7 +127,9 @@ def _convert(value: Any, expected: Any) -> Any:
         return {"true": True, "false": False}.get(str(value).lower(), _REFUSED)
     if expected is str:
         return value if isinstance(value, str) else _REFUSED
-    if expected in (int, float) and not isinstance(value, bool):
+    if expected in (int, float):
+        if isinstance(value, bool):
+            return _REFUSED
         try:
             number = expected(value)
         except (TypeError, ValueError):

