@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 import s3fs
 import soundfile
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from pipeline.audio import REASONS, SignalLimits, check_signal, clean_audio, probe, read_segment, resample
 from pipeline.utterances import Unusable
@@ -245,6 +247,28 @@ def test_limits_of_a_signal_are_those_given() -> None:
     ):
         with pytest.raises(Unusable, match=reason):
             check_signal(speech, 16_000, limits)
+
+
+@settings(max_examples=200)
+@given(
+    name=st.sampled_from(["speech.wav", "speech.flac", "speech.mp3", "speech.ogg", "speech.opus", "speech.aiff"]),
+    damage=st.lists(st.tuples(st.integers(0, 150) | st.integers(0, 1 << 17), st.integers(0, 255)), max_size=8),
+    kept=st.none() | st.integers(0, 1 << 17),
+)
+def test_any_damage_gives_samples_or_a_reason(
+    recordings: Path, name: str, damage: list[tuple[int, int]], kept: int | None
+) -> None:
+    """Bytes are overwritten, most of them in the header, and the end is cut off."""
+    data = bytearray((recordings / name).read_bytes()[:kept])
+    for place, value in damage:
+        data[place : place + 1] = [value] if place < len(data) else []
+    (recordings / f"damaged-{name}").write_bytes(data)
+    url = str(recordings / f"damaged-{name}")
+    for use in (lambda: clean_audio(url), lambda: probe(url), lambda: read_segment(url, 1.0, 0.5)):
+        try:
+            use()
+        except Unusable as error:
+            assert error.reason in REASONS
 
 
 def test_normal_corpora_pass_whole(shared_data: Path) -> None:
