@@ -117,3 +117,19 @@ def test_this_environment_is_the_pinned_one(project: Path, pins: dict[str, dict[
     }
     found = {name: version(name).split("+")[0] for name in wanted}
     assert found == wanted
+
+
+def test_the_readme_names_jobs_options_and_files_that_are_there(project: Path) -> None:
+    text = (project / "README.md").read_text()
+    for link in re.findall(r"\]\(([^):]+)\)", text):
+        assert (project / link).exists(), link
+    used: dict[str, set[str]] = {}
+    for job, rest in re.findall(r"python (jobs/\w+\.py)([^\n#]*)", text):
+        used.setdefault(job, set()).update(re.findall(r"--[a-z-]+", rest))
+    used["jobs/tokenize.py"] |= set(re.findall(r"`(--[a-z-]+)", text))
+    assert used["jobs/tokenize.py"] >= {"--dry-run", "--corpus"}
+    for job, flags in used.items():
+        shown = subprocess.run([sys.executable, job, "--help"], cwd=project, capture_output=True, text=True)
+        assert flags - {"--help"} <= set(re.findall(r"--[a-z-]+", shown.stdout)), job
+    targets = set(re.findall(r"^([a-z-]+):", (project / "Makefile").read_text(), re.MULTILINE))
+    assert set(re.findall(r"make ([a-z-]+)", text)) <= targets
