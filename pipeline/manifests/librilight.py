@@ -147,18 +147,11 @@ def _about(told: dict[str, Any]) -> dict[str, Any]:
 
 
 def _spans(voice_activity: Any) -> list[tuple[float, float]]:
-    """Checked spans in seconds, sorted, overlapping ones joined."""
     if not isinstance(voice_activity, list):
         raise Unusable(
             "bad-field", f"voice_activity must be a list of [start, end], not {fields.shown(voice_activity)}"
         )
-    spans: list[tuple[float, float]] = []
-    for start, end in sorted(map(_span, voice_activity)):
-        if spans and start <= spans[-1][1]:
-            spans[-1] = (spans[-1][0], max(end, spans[-1][1]))
-        elif end > start:
-            spans.append((start, end))
-    return spans
+    return list(map(_span, voice_activity))
 
 
 def _span(value: Any) -> tuple[float, float]:
