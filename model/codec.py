@@ -37,6 +37,7 @@ class Codec:
         device: where to run.
         dtype: arithmetic, `float32` or `float64`.
         digest: expected sha256 of `weights`; None accepts any.
+        threads: utterances encoded at once on a CPU; None means PyTorch's number of threads.
 
     Raises:
         CodecError: damaged file, other digest, tensors that do not fit the architecture.
@@ -49,6 +50,7 @@ class Codec:
         device: str = "cpu",
         dtype: str = "float32",
         digest: str | None = None,
+        threads: int | None = None,
     ) -> None:
         import torch
 
@@ -66,6 +68,7 @@ class Codec:
         self.encoder, self.decoder, self.codebooks = _networks(
             config, _tensors(config, weights), self.device, self.dtype
         )
+        self.fast = self._fast_encoder(threads)
 
     @property
     def hop(self) -> int:
@@ -119,19 +122,18 @@ class Codec:
 
         depth = self._depth(codebooks)
         frames = [self._checked_frames(wave) for wave in waves]
-        short = [i for i, count in enumerate(frames) if count < self.config.last_kernel_size]
-        batches = [[i] for i in short] + [[i for i in range(len(waves)) if i not in set(short)]]
-        results: list[np.ndarray] = [np.empty(0)] * len(waves)
+        padded = [
+            torch.from_numpy(np.pad(wave, (0, count * self.hop - len(wave))))
+            for wave, count in zip(waves, frames, strict=True)
+        ]
+        long = [i for i, count in enumerate(frames) if count >= self.config.last_kernel_size]
+        results: dict[int, torch.Tensor] = {}
         with torch.inference_mode():
-            for rows in filter(None, batches):
-                length = max(frames[i] for i in rows) * self.hop
-                batch = np.zeros((len(rows), length), dtype=np.float32)
-                for row, i in enumerate(rows):
-                    batch[row, : len(waves[i])] = waves[i]
-                codes = self._encode_batch(torch.from_numpy(batch), depth)
-                for row, i in enumerate(rows):
-                    results[i] = np.ascontiguousarray(codes[row, :, : frames[i]])
-        return results
+            for i in sorted(set(range(len(waves))) - set(long)):
+                results[i] = self._encode_batch([padded[i]], depth)[0]
+            encode = self.fast.codes if self.fast else self._encode_batch
+            results |= zip(long, encode([padded[i] for i in long], depth), strict=True)
+            return [results[i].cpu().numpy().astype(np.uint16) for i in range(len(waves))]
 
     def decode(self, codes: list[np.ndarray]) -> list[np.ndarray]:
         """Waveforms of codes, computed as one batch.
@@ -157,9 +159,26 @@ class Codec:
             audio = self.decoder(latent.transpose(1, 2))[:, 0].float().cpu().numpy()
         return [audio[row, : item.shape[1] * self.hop].copy() for row, item in enumerate(codes)]
 
-    def _encode_batch(self, batch: torch.Tensor, depth: int) -> np.ndarray:
+    def _encode_batch(self, waves: list[torch.Tensor], depth: int) -> list[torch.Tensor]:
+        """int64 [depth, frames] of each wave [frames · hop], by EnCodec's modules, padded to the longest."""
+        import torch
+
+        if not waves:
+            return []
+        batch = torch.nn.utils.rnn.pad_sequence(waves, batch_first=True)
         latent = self.encoder(batch.to(self.device, self.dtype).unsqueeze(1)).transpose(1, 2)
-        return nearest_codes(latent, self.codebooks[:depth]).cpu().numpy().astype(np.uint16)
+        codes = nearest_codes(latent, self.codebooks[:depth])
+        return [row[:, : len(wave) // self.hop] for row, wave in zip(codes, waves, strict=True)]
+
+    def _fast_encoder(self, threads: int | None):
+        """The CPU's own way to encode in float32; None where EnCodec's modules do it."""
+        import torch
+
+        from model import codec_cpu
+
+        if self.device.type != "cpu" or self.dtype != torch.float32 or not codec_cpu.available():
+            return None
+        return codec_cpu.FastEncoder(self.encoder, self.codebooks, self.config, threads)
 
     def _depth(self, codebooks: int | None) -> int:
         depth = self.config.codebooks if codebooks is None else codebooks

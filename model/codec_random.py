@@ -1,7 +1,7 @@
 """Weights of a codec that has learnt nothing, for tests and timing.
 
-The networks are PyTorch's initialisation under a seed. The codebooks are drawn from the residuals that such an encoder
-really gives for a synthetic signal, level by level, so codes spread over the codebooks as a trained codec's do.
+The networks are initialised under a seed so that speech passes through. The codebooks are drawn from the residuals that
+such an encoder gives for a synthetic signal, level by level, so codes spread over them as a trained codec's do.
 """
 
 from __future__ import annotations
@@ -20,10 +20,12 @@ def random_weights(config: CodecConfig, seed: int) -> bytes:
     import torch
 
     from model.codec import build_networks, codebook_name, weights_from_training
+    from model.codec_initial import variance_preserving
 
     with torch.random.fork_rng(devices=[]), torch.inference_mode():
         torch.manual_seed(seed)
-        encoder, decoder = build_networks(config, norm="weight_norm")
+        encoder, decoder = build_networks(config, norm="none")
+        variance_preserving(encoder, decoder)
         residual = encoder(torch.from_numpy(_signal(config, seed))[None, None])[0].t()
         state = {f"encoder.{name}": value for name, value in encoder.state_dict().items()}
         state |= {f"decoder.{name}": value for name, value in decoder.state_dict().items()}

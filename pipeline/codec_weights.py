@@ -36,8 +36,8 @@ class ResolvedCodec:
     """A safetensors file."""
     identity: CodecIdentity
 
-    def build(self, device: str = "cpu", dtype: str = "float32") -> Codec:
-        return Codec(self.config, self.weights, device, dtype, self.identity.digest)
+    def build(self, device: str = "cpu", dtype: str = "float32", threads: int | None = None) -> Codec:
+        return Codec(self.config, self.weights, device, dtype, self.identity.digest, threads)
 
 
 def resolve(name: str = "encodec_24khz", weights: str | None = None) -> ResolvedCodec:

@@ -17,11 +17,11 @@ from model.codec_config import CodecConfig
 
 class Quantised(NamedTuple):
     latent: torch.Tensor
-    """[batch, dimension, frames]; the gradient passes straight through."""
+    """[batch, dimension, frames]: the sum of the chosen codes. It has no gradient: that is passed straight through."""
     codes: torch.Tensor
     """int64 [batch, codebooks, frames], all levels."""
     commitment: torch.Tensor
-    """Scalar: mean squared distance of residuals to their codes, over the levels in use."""
+    """Scalar: mean squared distance of the latent to its codes' sum at each level in use, added up over levels."""
 
 
 class ResidualQuantiser(nn.Module):
@@ -88,9 +88,8 @@ class ResidualQuantiser(nn.Module):
             total = total + used * chosen
             residual = residual - chosen
             codes.append(nearest)
-        quantised = vectors + (total - vectors).detach()
         return Quantised(
-            quantised.view(batch, frames, width).transpose(1, 2),
+            total.view(batch, frames, width).transpose(1, 2),
             torch.stack(codes, 1).view(batch, frames, -1).transpose(1, 2),
             torch.stack(distances).sum(),
         )

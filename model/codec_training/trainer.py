@@ -16,10 +16,10 @@ from torch import nn
 
 from model.codec import build_networks, codebook_name, weights_from_training
 from model.codec_config import CodecConfig, CodecError
+from model.codec_initial import variance_preserving
 from model.codec_training import discriminator as adversary
-from model.codec_training.initialise import variance_preserving
 from model.codec_training.losses import Balancer, MelDistance
-from model.codec_training.quantiser import ResidualQuantiser, average_over_workers, perplexity
+from model.codec_training.quantiser import Quantised, ResidualQuantiser, average_over_workers, perplexity
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,9 @@ class Recipe:
     """The step at which the codebooks start; until then encoder and decoder learn without them."""
     full_depth: float = 0.5
     """Share of utterances that use all codebooks; the others use a random number of them."""
-    commitment: float = 1.0
+    commitment: float = 0.1
+    """Size of the commitment's gradient at the latent, as a share of the reconstruction's. A fixed factor instead lets
+    the encoder shrink its latents to please the commitment, and learning stalls."""
     mel_weight: float = 1.0
     time_weight: float = 0.1
     adversarial_from: int = 0
@@ -97,7 +99,10 @@ class CodecTrainer:
         self.networks.train(), self.quantiser.train()
         if self.step_number == self.recipe.quantise_from and not self.quantiser.started:
             self.quantiser.start(self.generator)
-        decoded, codes, commitment = self._reconstruct(audio)
+        latent = self.networks["encoder"](audio)
+        quantised = self._quantise(latent)
+        bottleneck = quantised.latent.detach().requires_grad_()
+        decoded = self.networks["decoder"](bottleneck)
         losses = {"mel": self.mel(decoded[:, 0], audio[:, 0]), "time": (decoded - audio).abs().mean()}
         logged = {}
         if self.adversarial:
@@ -106,13 +111,15 @@ class CodecTrainer:
         output_gradient = self.balancer.gradient(losses, decoded)
         rate = self._set_rates()
         self.optimiser.zero_grad(set_to_none=True)
-        torch.autograd.backward([decoded, self.recipe.commitment * commitment], [output_gradient, None])
+        decoded.backward(output_gradient)
+        latent.backward(self._with_commitment(bottleneck.grad, latent, quantised.commitment))
         norm = self._apply(self.networks, self.optimiser, self.recipe.clip)
         self.step_number += 1
         logged |= {name: float(loss.detach()) for name, loss in losses.items()}
-        logged |= {"commitment": float(commitment.detach()), "grad_norm": norm, "lr": rate}
-        if codes is not None:
-            logged["perplexity"] = perplexity(codes[:, 0], self.config.codebook_size)
+        logged |= {"grad_norm": norm, "lr": rate}
+        if self.quantiser.started:
+            logged["perplexity"] = perplexity(quantised.codes[:, 0], self.config.codebook_size)
+            logged["distortion"] = float(quantised.commitment.detach() / latent.detach().pow(2).mean())
         return logged
 
     @property
@@ -163,14 +170,20 @@ class CodecTrainer:
         left = (self.recipe.steps - step) / fall
         return min(1.0, (step + 1) / max(1, self.recipe.warmup), max(0.02, left))
 
-    def _reconstruct(self, audio: torch.Tensor):
-        """(decoded [batch, 1, samples], codes or None, commitment) of audio [batch, 1, samples]."""
-        latent = self.networks["encoder"](audio)
+    def _quantise(self, latent: torch.Tensor) -> Quantised:
+        """Quantised, or as it is and remembered while the codebooks have not started."""
+        if self.quantiser.started:
+            return self.quantiser(latent, self._draw_depths(len(latent)), self.generator)
+        self.quantiser.remember(latent)
+        return Quantised(latent, torch.empty(0, dtype=torch.int64), latent.new_zeros(()))
+
+    def _with_commitment(self, gradient: torch.Tensor, latent: torch.Tensor, commitment: torch.Tensor) -> torch.Tensor:
+        """The reconstruction's gradient, passed straight through the quantiser, and the commitment's in proportion."""
         if not self.quantiser.started:
-            self.quantiser.remember(latent)
-            return self.networks["decoder"](latent), None, latent.new_zeros((), requires_grad=True)
-        quantised = self.quantiser(latent, self._draw_depths(len(audio)), self.generator)
-        return self.networks["decoder"](quantised.latent), quantised.codes, quantised.commitment
+            return gradient
+        towards_codes = torch.autograd.grad(commitment, latent, retain_graph=True)[0]
+        share = self.recipe.commitment * gradient.norm() / towards_codes.norm().clamp(min=1e-12)
+        return gradient + share * towards_codes
 
     def _draw_depths(self, rows: int) -> torch.Tensor:
         levels = self.config.codebooks

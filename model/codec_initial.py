@@ -1,7 +1,8 @@
 """Initial weights that let speech through: unit variance from layer to layer, no biases.
 
-PyTorch's default loses a factor of about three in variance at each of some thirty convolutions: the encoder's output then
-hardly depends on its input, and thousands of steps go into finding it again.
+PyTorch's default loses a factor of about three in variance at each of some thirty convolutions: the encoder's output
+then hardly depends on its input (its standard deviation over time was 0.0005), and thousands of steps go into finding
+it again.
 """
 
 from __future__ import annotations
