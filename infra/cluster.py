@@ -168,11 +168,13 @@ def nodes(cluster: Cluster) -> list[dict[str, Any]]:
 class Connection:
     """Ray as this process sees it. Leaving the `with` block, or the process, takes away a Ray that was its own."""
 
-    def __init__(self, own_folder: str | None) -> None:
+    def __init__(self, own_folder: str | None, lasting: bool = False) -> None:
         import ray
 
         self.own_folder = own_folder
         """Where a Ray of this process's own keeps its files; None in a cluster."""
+        self.lasting = lasting
+        """Whether somebody else in this process connected, and will disconnect."""
         total = ray.cluster_resources()
         self.cpus: float = total.get("CPU", 0.0)
         self.gpus: float = total.get("GPU", 0.0)
@@ -189,6 +191,8 @@ class Connection:
         import ray
 
         atexit.unregister(self.close)
+        if self.lasting:
+            return
         ray.shutdown()
         if self.own_folder:
             shutil.rmtree(self.own_folder, ignore_errors=True)
@@ -202,15 +206,21 @@ def connect(num_cpus: int | None = None, object_store_memory: int | None = None)
             machine. A cluster has as many as it has.
         object_store_memory: Bytes of shared memory for a Ray of our own; default: a quarter of what is free, at most
             8 GiB.
+
+    Raises:
+        ClusterError: nothing answers at RAY_ADDRESS.
     """
-    in_cluster = bool(os.environ.get("RAY_ADDRESS"))
-    if not in_cluster:
+    address = os.environ.get("RAY_ADDRESS")
+    if not address or address.startswith((_LOOPBACK, _SAME_LOOPBACK, "localhost")):
         _stay_on_loopback()
     import logging
 
     import ray
 
-    if in_cluster:
+    if ray.is_initialized():
+        return Connection(None, lasting=True)
+    if address:
+        _refuse_silent(address)
         ray.init(logging_level=logging.WARNING)
         return Connection(None)
     _sweep()
@@ -273,6 +283,19 @@ def _refuse_taken(port: int) -> None:
                 "its dashboard there: stop what listens there, or choose another with --dashboard-port and export "
                 f"RAY_API_SERVER_ADDRESS=http://{_LOOPBACK}:PORT where you type `ray job submit`"
             ) from None
+
+
+def _refuse_silent(address: str) -> None:
+    """Ray itself would wait for minutes before it said so."""
+    host, _, port = address.rpartition("://")[2].rpartition(":")
+    try:
+        if port.isdigit():
+            socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+    except OSError as error:
+        raise ClusterError(
+            f"nothing answers at RAY_ADDRESS={address} ({error}): start that cluster, or unset the variable to use "
+            "this machine alone"
+        ) from None
 
 
 def _wait_until_up(cluster: Cluster, head: subprocess.Popen[bytes], log: Path, patience: float = 120.0) -> None:

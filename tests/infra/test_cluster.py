@@ -155,3 +155,17 @@ def test_status_of_nothing(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "infra.cluster", "status", "--folder", str(tmp_path)]
     status = subprocess.run(command, cwd=cluster.ROOT, capture_output=True, text=True)
     assert status.returncode == 3 and "make cluster" in status.stdout
+
+
+def test_an_address_where_nobody_answers_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{free_port()}")
+    with pytest.raises(cluster.ClusterError, match=r"nothing answers at RAY_ADDRESS=.*unset the variable"):
+        cluster.connect()
+
+
+def test_a_process_that_is_connected_stays_so(local_ray: None) -> None:
+    import ray
+
+    with cluster.connect() as session:
+        assert session.cpus == 2.0 and session.own_folder is None
+    assert ray.is_initialized()
