@@ -43,6 +43,7 @@ def main() -> int:
 
     from infra import cluster, storage, tracking
     from model.codec_config import CodecError
+    from pipeline.asr_models import TranscriptionUnavailable
     from pipeline.manifests import ManifestError
     from pipeline.plan import PlanError
 
@@ -51,7 +52,10 @@ def main() -> int:
             if arguments.config == DEMO and not storage.exists(config.input):
                 make_demo_corpus(os.path.dirname(config.input))
             return tokenize(config, arguments.dry_run, arguments.retry_quarantined)
-    except (CodecError, ManifestError, PlanError, cluster.ClusterError, tracking.TrackingError) as error:
+    except (
+        *(CodecError, ManifestError, PlanError, TranscriptionUnavailable),
+        *(cluster.ClusterError, tracking.TrackingError),
+    ) as error:
         print(f"tokenize: {error}", file=sys.stderr)
         return 2
 

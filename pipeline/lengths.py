@@ -1,7 +1,8 @@
 """Utterances whose length the manifest does not tell: probed, and where too long for one piece, cut at pauses.
 
-A file whose header cannot be read stays in the plan as it is: decoding rejects it with its reason, and
-`--retry-quarantined` can try it again, which a plan could not.
+A file that cannot be used stays in the plan as it is: decoding rejects it with its reason, and `--retry-quarantined`
+can try it again, which a plan could not. Storage that fails is another matter: then planning fails, for a plan must not
+depend on it.
 """
 
 from __future__ import annotations
@@ -21,12 +22,17 @@ Spans = list[tuple[float, float]]
 
 
 def with_lengths(
-    items: Iterable[Utterance | Reject], config: TokenizeConfig, find_speech: Callable[[list[str]], Iterable[Spans]]
+    items: Iterable[Utterance | Reject],
+    config: TokenizeConfig,
+    find_speech: Callable[[list[str]], Iterable[Spans | None]],
 ) -> Iterator[Utterance | Reject]:
     """The same items in the same order, with durations where they can be had, and long recordings as segments.
 
     Args:
-        find_speech: speech spans in seconds of each of several recordings; where the work is spread over a cluster.
+        find_speech: speech spans in seconds of each of several recordings, None for an unusable one; it spreads the work.
+
+    Raises:
+        OSError: the storage failed.
     """
     iterator = iter(items)
     with ThreadPoolExecutor(_PROBES) as pool:
@@ -46,7 +52,7 @@ def _probed(item: Utterance | Reject) -> Utterance | Reject:
         return item
     try:
         seconds = probe(item.audio).seconds - item.start
-    except (Unusable, OSError):
+    except Unusable:
         return item
     return item._replace(duration=round(seconds, 6)) if seconds > 0 else item
 
@@ -55,10 +61,11 @@ def _segmented(items: list, config: TokenizeConfig, find_speech: Callable) -> It
     long = [item for item in items if type(item) is Utterance and _to_be_cut(item, config)]
     found = iter(find_speech([item.audio for item in long]) if long else ())
     for item in items:
-        if type(item) is Utterance and _to_be_cut(item, config):
-            yield from _segments(item, next(found), config)
-        else:
+        spans = next(found) if type(item) is Utterance and _to_be_cut(item, config) else None
+        if spans is None:
             yield item
+        else:
+            yield from _segments(item, spans, config)
 
 
 def _to_be_cut(utterance: Utterance, config: TokenizeConfig) -> bool:
@@ -68,12 +75,13 @@ def _to_be_cut(utterance: Utterance, config: TokenizeConfig) -> bool:
 
 
 def _segments(utterance: Utterance, spans: Spans, config: TokenizeConfig) -> Iterator[Utterance | Reject]:
-    from pipeline.segmentation import cut
+    from pipeline.segmentation import cut, quietest_place
 
     start, end = utterance.start, utterance.start + utterance.duration
     inside = [(max(a, start), min(b, end)) for a, b in spans if b > start and a < end]
     extra = {name: value for name, value in utterance.extra.items() if name != NEEDS_SEGMENTATION}
-    segments = cut(inside, config.segment_seconds, config.max_seconds, config.max_silence)
+    quietest = quietest_place(utterance.audio)
+    segments = cut(inside, config.segment_seconds, config.max_seconds, config.max_silence, quietest)
     if not segments:
         detail = f"no speech was found in {utterance.duration:.1f} s of {utterance.audio}"
         yield Reject(utterance.id, "segment", "no-speech", detail, utterance.where)

@@ -14,7 +14,9 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -84,16 +86,18 @@ class Decode:
         limits = SignalLimits(
             min_seconds=config.min_seconds, min_dbfs=config.min_loudness_db, max_clipped=config.max_clipped_fraction
         )
+        read = partial(
+            clean_audio,
+            storage.relative_to(self.job.audio_base, row["audio"]),
+            row["start"],
+            row["duration"],
+            target_rate=rate,
+            max_seconds=config.max_seconds,
+            channel=row["channel"],
+            limits=limits,
+        )
         try:
-            wave = clean_audio(
-                storage.relative_to(self.job.audio_base, row["audio"]),
-                row["start"],
-                row["duration"],
-                target_rate=rate,
-                max_seconds=config.max_seconds,
-                channel=row["channel"],
-                limits=limits,
-            )
+            wave = _patiently(read)
         except Unusable as error:
             return _reject("decode", error)
         found = {
@@ -114,16 +118,18 @@ class Transcribe:
         from pipeline.transcription import Transcriber
 
         self.job = job
-        self.recogniser = Transcriber(job.config.transcribe, device="cpu")
+        self.recogniser = Transcriber(job.config.transcribe)
 
     def __call__(self, table: pa.Table) -> pa.Table:
+        from pipeline.transcription import usable_text
+
         rate = self.job.codec["sample_rate"]
         rows = table.to_pylist()
         for row in rows:
             if row["text"] is None and row["reason"] is None:
                 wave = np.frombuffer(row["audio"], dtype=np.float32)
                 try:
-                    row["text"] = self.recogniser.transcribe(wave, rate)
+                    row["text"] = usable_text(self.recogniser.listen(wave, rate))
                 except Unusable as error:
                     row |= _reject("transcribe", error)
                 else:
@@ -258,6 +264,18 @@ def _check_rate(what: str, count: int, seconds: float, least: float, most: float
     if not least <= count / seconds <= most:
         detail = f"{count} {what} in {seconds:.2f} s are {count / seconds:.1f} a second, outside {least:g} to {most:g}"
         raise Unusable(f"{what}-per-second", f"{detail}: the text is not that of the audio")
+
+
+def _patiently(read: Callable[[], np.ndarray]) -> np.ndarray:
+    """Reads again when the storage fails; what fails for good is rejected, and can be retried from the quarantine."""
+    for pause in (1.0, 4.0, None):
+        try:
+            return read()
+        except OSError as error:
+            if pause is None:
+                raise Unusable("storage-error", f"the storage failed three times: {error}") from None
+            time.sleep(pause)
+    raise AssertionError("unreachable")
 
 
 def _digest(wave: np.ndarray, text: str | None) -> str:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import platform
-import posixpath
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from importlib.metadata import version
@@ -24,7 +23,7 @@ from pipeline.manifests import Manifest, open_manifest
 from pipeline.plan import Plan, PlanError, differences, read_rows
 from pipeline.stages import Collect, Decode, Encode, Job, Transcribe, Write
 from pipeline.tokenize_config import TokenizeConfig, identity
-from pipeline.utterances import Reject, Utterance
+from pipeline.utterances import Reject, Unusable, Utterance
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -39,13 +38,18 @@ _RECORDED_VERSIONS = ("encodec", "g2p-en", "numpy", "soundfile", "soxr", "torch"
 
 def open_input(config: TokenizeConfig) -> Manifest:
     source = config.root if config.corpus else config.input
-    return open_manifest(source, kind=config.kind, corpus=config.corpus, audio_root=config.audio_root)
+    cutting = {name: getattr(config, name) for name in ("segment_seconds", "max_seconds", "max_silence")}
+    return open_manifest(source, kind=config.kind, corpus=config.corpus, audio_root=config.audio_root, **cutting)
 
 
 def resolve(config: TokenizeConfig) -> TokenizeConfig:
     """The configuration with everything settled that depends on this machine: absolute paths, the device."""
     import ray
 
+    if config.transcribe:
+        from pipeline.transcription import Transcriber
+
+        Transcriber(config.transcribe)  # a missing model is told now, not by the first actor
     device = config.device
     if device == "auto":
         device = "cuda" if ray.cluster_resources().get("GPU", 0) > 0 else "cpu"
@@ -65,7 +69,7 @@ def make_plan(
     """
     existing = Plan.load(config.output)
     fingerprint = manifest.fingerprint(existing.manifest if existing else None)
-    base = _audio_base(config, manifest)
+    base = manifest.folder  # where relative audio paths start: a corpus may move between two runs
     if existing:
         _require_same(existing, config, codec, fingerprint)
         return dataclasses.replace(existing, audio_base=base)
@@ -144,8 +148,8 @@ def read_sidecars(plan: Plan, dataset: str) -> Iterator[dict[str, Any]]:
             yield from pool.map(lambda shard: json.loads(storage.read_bytes(shards.sidecar_url(dataset, shard))), chunk)
 
 
-def find_speech(recordings: list[str]) -> Iterable[list[tuple[float, float]]]:
-    """Speech spans of recordings, found by the cluster's CPUs, in order; none where a recording cannot be read."""
+def find_speech(recordings: list[str]) -> Iterable[list[tuple[float, float]] | None]:
+    """Speech spans of recordings, found by the cluster's CPUs, in order; None for a recording that cannot be used."""
     import ray
 
     task = ray.remote(num_cpus=1)(_speech_of)
@@ -154,14 +158,13 @@ def find_speech(recordings: list[str]) -> Iterable[list[tuple[float, float]]]:
         yield ray.get(waiting.pop(0))
 
 
-def _speech_of(recording: str) -> list[tuple[float, float]]:
+def _speech_of(recording: str) -> list[tuple[float, float]] | None:
     from pipeline.segmentation import vad_spans
-    from pipeline.utterances import Unusable
 
     try:
         return vad_spans(recording)
     except Unusable:
-        return []
+        return None
 
 
 def _require_same(plan: Plan, config: TokenizeConfig, codec: ResolvedCodec, fingerprint: dict[str, Any]) -> None:
@@ -174,13 +177,6 @@ def _require_same(plan: Plan, config: TokenizeConfig, codec: ResolvedCodec, fing
             f"{config.output} holds a dataset that was planned otherwise; choose another --output, or undo:\n  "
             + "\n  ".join(changed)
         )
-
-
-def _audio_base(config: TokenizeConfig, manifest: Manifest) -> str:
-    """Where relative audio paths start: a corpus may move between two runs."""
-    if config.audio_root or config.root:
-        return storage.absolute(config.audio_root or config.root)
-    return posixpath.dirname(manifest.url) if manifest.files else manifest.url
 
 
 def _sizes(plan: Plan) -> planning.Sizes:

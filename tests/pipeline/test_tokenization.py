@@ -9,6 +9,7 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 import soundfile
@@ -19,6 +20,7 @@ from pipeline.finalize import read_summary
 from pipeline.plan import PlanError
 from pipeline.tokenize_config import TokenizeConfig
 from tests.corpora import write_codec, write_corpus
+from tests.pipeline.bad_input import write_bad_corpus
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 
@@ -174,6 +176,46 @@ def test_copies_are_found_by_their_audio_and_text(tmp_path, codec):
     assert (reject["stage"], reject["reason"]) == ("write", "duplicate-audio") and rows[2]["id"] in reject["detail"]
     assert tokenize(config, False, True) == 0, "a copy is not tried again"
     assert read_summary(config.output)["rejects"] == {"write/duplicate-audio": 1}
+
+
+def test_every_kind_of_bad_input_is_in_the_quarantine_with_its_reason(tmp_path, codec):
+    faults = write_bad_corpus(tmp_path / "corpus")
+    config = config_of(tmp_path / "corpus/manifest.jsonl", tmp_path / "tokens", codec)
+    assert tokenize(config, False, False) == 3, "more than max_reject_fraction was rejected"
+    summary = read_summary(config.output)
+    assert summary["samples"] == 1 and summary["utterances"] == len(faults)
+    lines = [line for path in (tmp_path / "tokens/quarantine").iterdir() for line in path.read_text().splitlines()]
+    found = {reject["where"]: (reject["stage"], reject["reason"]) for reject in map(json.loads, lines)}
+    expected = {f"manifest.jsonl:{n}": (f.stage, f.reason) for n, f in enumerate(faults, 1) if f.reason}
+    assert found == expected and len(lines) == len(expected)
+    assert all(json.loads(line)["detail"] for line in lines)
+    assert faults_of(tmp_path / "tokens") == []
+    assert tokenize(dataclasses.replace(config, max_reject_fraction=1.0), False, False) == 0
+
+
+def test_recordings_without_text_are_cut_heard_or_kept(tmp_path, codec, shared_data):
+    """A recording of over a minute, made of real speech: quarantined, kept in segments, or transcribed."""
+    pieces = [soundfile.read(path)[0] for path in sorted((shared_data / "librispeech-test-other/audio").iterdir())[:8]]
+    silence = np.zeros(12_000)
+    long = np.concatenate([part for piece in pieces for part in (piece, silence)])
+    soundfile.write(tmp_path / "long.flac", long, 16_000)
+    manifest = tmp_path / "manifest.csv"
+    manifest.write_text("audio,speaker\nlong.flac,reader\n")
+    assert len(long) > 60 * 16_000
+    assert tokenize(config_of(manifest, tmp_path / "none", codec), False, False) == 3
+    assert set(read_summary(str(tmp_path / "none"))["rejects"]) == {"plan/no-text"}
+
+    kept = config_of(manifest, tmp_path / "kept", codec, keep_untranscribed=True, batch_seconds=60)
+    assert tokenize(kept, False, False) == 0
+    summary = read_summary(kept.output)
+    assert summary["samples"] >= 6 and 0.7 * len(long) / 16_000 < summary["seconds"] <= len(long) / 16_000
+
+    pytest.importorskip("faster_whisper", reason="the asr extra is not installed")
+    heard = config_of(manifest, tmp_path / "heard", codec, transcribe="whisper-tiny.en", batch_seconds=60)
+    assert tokenize(heard, False, False) == 0
+    plan = verification.load_plan(heard.output)
+    texts = [s.meta["text"] for s in samples.sample_spread(plan, heard.output, 100)]
+    assert len(texts) == summary["samples"] and sum(len(text.split()) for text in texts) > 100
 
 
 def test_workers_killed_at_random_change_nothing(tmp_path, undisturbed, corpus, codec):
