@@ -66,7 +66,7 @@ class Codec:
             config.name, actual, config.sample_rate, config.frame_rate, config.codebooks, config.codebook_size
         )
         self.encoder, self.decoder, self.codebooks = _networks(
-            config, _tensors(config, weights), self.device, self.dtype
+            config, read_tensors(config, weights), self.device, self.dtype
         )
         self.fast = self._fast_encoder(threads)
 
@@ -280,7 +280,8 @@ def codebook_name(level: int) -> str:
     return f"quantizer.vq.layers.{level}._codebook.embed"
 
 
-def _tensors(config: CodecConfig, weights: bytes) -> dict[str, torch.Tensor]:
+def read_tensors(config: CodecConfig, weights: bytes) -> dict[str, torch.Tensor]:
+    """The tensors of a weights file by EnCodec's names. Raises CodecError if it is damaged or holds anything else."""
     import torch
     from safetensors import SafetensorError
     from safetensors.torch import load
