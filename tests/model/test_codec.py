@@ -60,7 +60,7 @@ def test_fast_encoder_gives_the_codes_of_encodecs_modules(config: CodecConfig) -
 
 
 def test_codes_are_those_of_the_encodec_package() -> None:
-    """Its own classes at a smaller size, its own loop, its own weights with weight norm: given to us as a state dict."""
+    """Its own classes at a smaller size, its own loop, its own weights: given to us as a state dict."""
     import torch
 
     from model.codec import weights_from_training
