@@ -132,7 +132,7 @@ def work(plan: Any, config: TokenizeConfig, codec: Any) -> dict[str, Any]:
                 )
                 done["shards"] += row["sidecar"] is not None
                 rate = done["seconds"] / max(time.monotonic() - start, 1e-9)
-                bar.set_postfix_str(f", {rate:,.0f} × real time, {done['rejects']} rejects", refresh=False)
+                bar.set_postfix_str(f"{rate:,.0f} × real time, {done['rejects']} rejects", refresh=False)
                 bar.update(row["seconds"] / 3600)
                 if row["sidecar"]:
                     run.log_metrics({"hours": done["seconds"] / 3600, "times_real_time": rate}, step=done["shards"])

@@ -29,7 +29,7 @@ def with_lengths(
     """The same items in the same order, with durations where they can be had, and long recordings as segments.
 
     Args:
-        find_speech: speech spans in seconds of each of several recordings, None for an unusable one; it spreads the work.
+        find_speech: speech spans in seconds of each of several recordings, None for an unusable one.
 
     Raises:
         OSError: the storage failed.

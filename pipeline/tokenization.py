@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import platform
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -226,8 +227,10 @@ def _stream(job: Job, weights: Any, wave: list[tuple[int, int]]) -> Iterator[pa.
     import ray.data
 
     config = job.config
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # our own bar says how far it is
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
+    context.issue_detectors_config.detectors = []
     context.execution_options.preserve_order = True
     blocks = [pa.table({"shard": pa.array([s], pa.int32()), "batch": pa.array([b], pa.int32())}) for s, b in wave]
     decode = {"batch_size": None, "batch_format": "pyarrow", "num_cpus": config.decode_cpus}
