@@ -117,13 +117,15 @@ def our_worker(codec, batch: int) -> Callable[[list[np.ndarray]], list[np.ndarra
     return encode
 
 
-def compare_on_cpu(codec, waves: list[np.ndarray], batch: int, repeat: int) -> None:
+def compare_on_cpu(codec, waves: list[np.ndarray], batch: int, repeat: int) -> dict[str, Result]:
+    """Prints (a) and (b); returns what was measured."""
     import torch
 
     print(f"torch threads {torch.get_num_threads()}, best of {repeat}")
     rows = {"(a) encodec's loop": encodec_loop(codec), f"(b) ours, batch {batch}": our_worker(codec, batch)}
     results = measure(rows, waves, repeat)
     print_table(results, waves, sgemm_peak())
+    return results
 
 
 def compare_on_gpu(codec, waves: list[np.ndarray]) -> None:

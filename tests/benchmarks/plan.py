@@ -35,41 +35,47 @@ def main() -> None:
         manifest = options.manifest or Path(folder, "libriheavy_cuts.jsonl.gz")
         if not manifest.exists():
             libriheavy.write(manifest, options.cuts)
-        baseline = read_only(manifest)
-        seconds, rows, shards, hours = plan(manifest, f"{folder}/tokens")
+        baseline, baseline_cpu = timed(lambda: read_only(manifest))[1:]
+        (rows, shards, hours), seconds, cpu = timed(lambda: plan(manifest, f"{folder}/tokens"))
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
         children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e6
         print(f"manifest  {rows:,} cuts, {hours:,.0f} h, {manifest.stat().st_size / 1e9:.2f} GB compressed")
-        print(f"read only {baseline:7.1f} s   gzip and lines, one process")
-        print(f"plan      {seconds:7.1f} s   {rows / seconds:,.0f} cuts/s, {shards:,} shards, limit {LIMIT_SECONDS} s")
-        print(f"ratio     {seconds / baseline:7.2f}     plan over read only")
+        print(f"read only {baseline:7.1f} s   {baseline_cpu:.1f} CPU-s: Python's gzip, and lines")
+        print(f"plan      {seconds:7.1f} s   {cpu:.1f} CPU-s, {rows / seconds:,.0f} cuts/s, {shards:,} shards")
+        print(
+            f"ratio     {cpu / baseline_cpu:7.2f}     CPU of plan over read only; limit {LIMIT_SECONDS} s of wall time"
+        )
         print(f"memory    {peak:7.2f} GB  and {children:.2f} GB in its reader, limit {LIMIT_GIGABYTES} GB")
         found, seconds = resume(f"{folder}/interrupted", options.shards)
         print(f"resume    {seconds:7.2f} s   {found:,} of {options.shards:,} shards found missing")
 
 
-def read_only(manifest: Path) -> float:
-    start = time.perf_counter()
+def timed(work):
+    """(result, wall seconds, CPU seconds of this process)"""
+    wall, cpu = time.perf_counter(), time.process_time()
+    result = work()
+    return result, time.perf_counter() - wall, time.process_time() - cpu
+
+
+def read_only(manifest: Path) -> None:
     with gzip.open(manifest, "rb") as file:
         for _ in file:
             pass
-    return time.perf_counter() - start
 
 
-def plan(manifest: Path, output: str) -> tuple[float, int, int, float]:
-    """(seconds, cuts, shards, hours)"""
+def plan(manifest: Path, output: str) -> tuple[int, int, float]:
+    """(cuts, shards, hours)"""
     from pipeline.lengths import with_lengths
     from pipeline.manifests import open_manifest
     from pipeline.planning import Sizes, make_round
     from pipeline.tokenize_config import TokenizeConfig
 
-    start = time.perf_counter()
     config = TokenizeConfig(input=str(manifest), output=output)
     items = with_lengths(iter(open_manifest(str(manifest), audio_root="/corpora/librilight")), config, lambda urls: ())
     sizes = Sizes(75 * 8 * 2, "/corpora/librilight")
     round_, rejects = make_round(items, config, sizes, "plan.parquet", output=output)
     rows = round_.utterances + sum(rejects.values())
-    return time.perf_counter() - start, rows, len(round_.batches), round_.seconds / 3600
+    return rows, len(round_.batches), round_.seconds / 3600
 
 
 def resume(output: str, shards: int) -> tuple[int, float]:
