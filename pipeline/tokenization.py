@@ -27,7 +27,7 @@ from pipeline.tokenize_config import TokenizeConfig, identity
 from pipeline.utterances import Reject, Unusable, Utterance
 
 if TYPE_CHECKING:
-    import pyarrow as pa
+    from ray.data import Dataset
 
     from pipeline.codec_weights import ResolvedCodec
 
@@ -134,7 +134,9 @@ def run(
                 f"shards {lost[:5]} were lost {ATTEMPTS} times over: nodes die faster than a shard takes; "
                 "set a smaller shard_megabytes, or look into the workers' logs"
             )
-        for table in _stream(job, weights, wave):
+        for table in graph(job, weights, wave).iter_batches(
+            batch_size=None, batch_format="pyarrow", prefetch_batches=0
+        ):
             for row in table.to_pylist():
                 on_progress(row)
 
@@ -221,8 +223,11 @@ def _wave(plan: Plan, missing: list[int], limit: int) -> Iterator[tuple[int, int
         yield from ((shard, batch) for batch in range(batches))
 
 
-def _stream(job: Job, weights: Any, wave: list[tuple[int, int]]) -> Iterator[pa.Table]:
-    """The Ray Data graph over a wave."""
+def graph(job: Job, weights: Any, wave: list[tuple[int, int]]) -> Dataset:
+    """The Ray Data graph over a wave of (shard, batch): rows of `stages.PROGRESS`, in the wave's order.
+
+    Every block is one codec batch, from the plan to `Collect`; nothing on the way joins or splits them.
+    """
     import pyarrow as pa
     import ray.data
 
@@ -242,7 +247,8 @@ def _stream(job: Job, weights: Any, wave: list[tuple[int, int]]) -> Iterator[pa.
             compute=ray.data.ActorPoolStrategy(min_size=1, max_size=config.transcribe_actors),
             **decode | {"num_cpus": config.codec_cpus},
         )
-    dataset = dataset.map_batches(
+    # Not map_batches, which refuses GPUs without a batch size in rows; a size would wait for blocks to join.
+    dataset = dataset.map_batches_internal(
         Encode,
         fn_constructor_args=(job, weights),
         batch_size=None,
@@ -255,8 +261,7 @@ def _stream(job: Job, weights: Any, wave: list[tuple[int, int]]) -> Iterator[pa.
         compute=ray.data.ActorPoolStrategy(size=1),
         **decode | {"num_cpus": 0.01},
     )
-    dataset = dataset.map_batches(Write(job).__call__, **decode)
-    yield from dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
+    return dataset.map_batches(Write(job).__call__, **decode)
 
 
 def _codec_resources(config: TokenizeConfig, batches: int) -> dict[str, Any]:

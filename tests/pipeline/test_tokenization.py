@@ -140,6 +140,20 @@ def test_a_dry_run_tells_the_plan_and_writes_nothing(tmp_path, corpus, codec, ca
     assert not (tmp_path / "tokens").exists()
 
 
+def test_codec_actors_ask_for_gpus_where_the_codec_runs_on_them(tmp_path, corpus, codec):
+    from pipeline import codec_weights, tokenization
+    from pipeline.stages import Job
+
+    config = config_of(corpus, tmp_path, codec, device="cuda", codec_gpus=0.5)
+    identity = codec_weights.resolve(codec).identity.to_dict()
+    stage = tokenization.graph(Job(config, "", "", (), identity, {}), None, [(0, 0)])._logical_plan.dag
+    asked = {}
+    while stage.input_dependencies:
+        asked[stage.name] = stage.ray_remote_args.get("num_gpus", 0)
+        (stage,) = stage.input_dependencies
+    assert asked.pop("MapBatches(Encode)") == 0.5 and set(asked.values()) == {0}
+
+
 def test_rejects_are_tried_again_and_only_they(tmp_path, codec):
     corpus = write_corpus(tmp_path / "corpus", 30)
     hidden = {name: (corpus.parent / name).read_bytes() for name in ("0003.flac", "0017.flac", "0021.flac")}
