@@ -120,6 +120,28 @@ def test_a_stopped_job_leaves_whole_shards_and_goes_on_where_it_was(checkout, su
     assert not [path for path in (output / "shards").iterdir() if ".part-" in path.name]
 
 
+def test_verify_writes_what_there_is_to_hear_and_fails_on_damage(checkout, submit):
+    output = checkout / "out/tokens"
+    words = ["jobs/verify.py", "out/tokens", "--samples", "3", "--listen", "out/listen"]
+    heard = subprocess.run([sys.executable, *words], cwd=checkout, capture_output=True, text=True, timeout=240)
+    assert heard.returncode == 0 and "decoded   3 samples" in heard.stdout, heard.stdout + heard.stderr[-2000:]
+    page = (checkout / "out/listen/index.html").read_text()
+    assert page.count("<audio") == 6 and len(list((checkout / "out/listen").rglob("*.wav"))) == 6
+
+    tar = output / "shards/000001.tar"
+    whole = tar.read_bytes()
+    tar.write_bytes(whole[:-2000] + bytes(2000))
+    try:
+        failed = subprocess.run([sys.executable, *words[:2]], cwd=checkout, capture_output=True, text=True, timeout=240)
+    finally:
+        tar.write_bytes(whole)
+    assert failed.returncode == 1 and "fault     000001: the tar's sha256" in failed.stdout, failed.stdout
+    none = subprocess.run(
+        [sys.executable, *words[:1], "corpus"], cwd=checkout, capture_output=True, text=True, timeout=240
+    )
+    assert none.returncode == 2 and "no plan.json" in none.stderr
+
+
 @pytest.mark.parametrize(
     "words, told",
     [
