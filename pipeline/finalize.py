@@ -25,15 +25,18 @@ PICTURED = 3
 """Samples whose spectrograms are drawn."""
 
 
-def summarize(plan: Plan, dataset: str, name: str) -> dict[str, Any]:
+def summarize(plan: Plan, dataset: str, title: str) -> dict[str, Any]:
     """What `dataset.json` holds. Needs every sidecar of the plan."""
     totals: Counter = Counter()
     rejects = Counter(plan.rejects)
     shardlist, digest = [], hashlib.sha256()
+    made_by: dict[str, set[str]] = {}
     for sidecar in read_sidecars(plan, dataset):
         rejects.update(sidecar["rejects"])
         totals.update({field: sidecar[field] for field in ("samples", "seconds", "frames", "bytes")})
         digest.update(bytes.fromhex(sidecar["sha256"]))
+        for name, version in sidecar["versions"].items():
+            made_by.setdefault(name, set()).add(version)
         if sidecar["samples"]:
             url = f"shards/{shards.shard_name(sidecar['shard'])}.tar"
             entry = {"url": url, "nsamples": sidecar["samples"], "filesize": sidecar["bytes"]}
@@ -44,15 +47,15 @@ def summarize(plan: Plan, dataset: str, name: str) -> dict[str, Any]:
     return {
         "__kind__": "wids-shard-index-v1",
         "wids_version": 1,
-        "name": name,
+        "name": title,
         "digest": digest.hexdigest(),
         "plan": plan.digest,
         "codec": plan.codec,
         "codebooks": min(plan.config["codebooks"], plan.codec["codebooks"]),
         "config": plan.config,
         "manifest": {field: plan.manifest[field] for field in ("kind", "sha256", "size") if field in plan.manifest},
-        "versions": sidecar["versions"] if plan.shards else {},
-        "device": sidecar["device"] if plan.shards else plan.config["device"],
+        "versions": {name: " and ".join(sorted(versions)) for name, versions in made_by.items()},
+        "device": plan.config["device"],
         "utterances": totals["samples"] + sum(rejects.values()),
         "samples": totals["samples"],
         "seconds": round(totals["seconds"], 3),
