@@ -92,9 +92,10 @@ def add_retry_round(plan: Plan, config: TokenizeConfig, progress: Callable) -> P
     if first is None:
         return None
     file = f"plan.retry-{len(plan.rounds):03d}.parquet"
-    round_, _ = planning.make_round(
+    round_, rejects = planning.make_round(
         _chain(first, items), config, _sizes(plan), file, len(plan.shards), config.output, progress
     )
+    plan = dataclasses.replace(plan, rejects=dict(Counter(plan.rejects) + Counter(rejects)))
     plan = plan.with_round(dataclasses.replace(round_, retried=dict(sorted(retried.items()))))
     plan.save(config.output)
     return plan

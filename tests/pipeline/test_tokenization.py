@@ -156,6 +156,8 @@ def test_codec_actors_ask_for_gpus_where_the_codec_runs_on_them(tmp_path, corpus
 
 def test_rejects_are_tried_again_and_only_they(tmp_path, codec):
     corpus = write_corpus(tmp_path / "corpus", 30)
+    rows = [json.loads(line) | {"duration": None} for line in corpus.read_text().splitlines()]
+    corpus.write_text("".join(json.dumps(row) + "\n" for row in rows))
     hidden = {name: (corpus.parent / name).read_bytes() for name in ("0003.flac", "0017.flac", "0021.flac")}
     for name in hidden:
         (corpus.parent / name).unlink()
@@ -171,9 +173,11 @@ def test_rejects_are_tried_again_and_only_they(tmp_path, codec):
     assert (summary["samples"], summary["utterances"], summary["rejects"]) == (29, 30, {"decode/missing-file": 1})
     assert (tmp_path / "tokens/shards/000000.tar").read_bytes() == before
     assert faults_of(tmp_path / "tokens") == []
-    (corpus.parent / "0021.flac").write_bytes(hidden["0021.flac"])
+    soundfile.write(corpus.parent / "0021.flac", np.zeros(61 * 16_000), 16_000)
     assert tokenize(config, False, True) == 0
-    assert read_summary(config.output)["rejects"] == {} and faults_of(tmp_path / "tokens") == []
+    summary = read_summary(config.output)
+    assert (summary["utterances"], summary["rejects"]) == (30, {"plan/too-long": 1})
+    assert faults_of(tmp_path / "tokens") == []
 
 
 def test_copies_are_found_by_their_audio_and_text(tmp_path, codec):
