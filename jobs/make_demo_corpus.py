@@ -33,10 +33,11 @@ def main() -> int:
 
 def run(config) -> int:
     from infra import cluster
-    from pipeline.demo_corpus import make
+    from pipeline.demo_corpus import claim, make
     from pipeline.demo_voices import DemoError
 
     try:
+        claim(config)
         with cluster.connect(), _Progress() as progress:
             totals = make(config, progress)
     except DemoError as error:

