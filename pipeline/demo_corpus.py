@@ -33,7 +33,7 @@ _VALID_EVERY = 20
 class DemoConfig:
     """What `jobs/make_demo_corpus.py` is told."""
 
-    output: str = option("data/demo", "folder or fsspec URL for audio/, manifest.jsonl and README.md")
+    output: str = option("data/demo", "where to: a folder that every node of the cluster shares, or an fsspec URL")
     hours: float = option(0.085, "hours of speech")
     speakers: int = option(16, "different voices, one in five of them (at most 12) kept aside as split `heldout`")
     seed: int = option(0, "another seed makes other sentences, blends and habits")
@@ -42,8 +42,8 @@ class DemoConfig:
     def __post_init__(self) -> None:
         if not 0 < self.hours <= 100_000:
             raise ValueError(f"hours must be above 0, not {self.hours}")
-        if not 1 <= self.speakers <= 5000:
-            raise ValueError(f"speakers must be 1 to 5000, not {self.speakers}")
+        if not 1 <= self.speakers <= 2000:
+            raise ValueError(f"speakers must be 1 to 2000, not {self.speakers}")
 
     @property
     def recipe(self) -> dict[str, Any]:

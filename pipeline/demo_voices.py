@@ -33,6 +33,7 @@ NPM_PACKAGE = "kokoro-js@1.2.1"
 _NPM_SHA256 = "1f0d0383ef0349af0bd9440d81dc12abbea3a5392eb645283eda876f537f5860"
 _PACK_ROWS, _STYLE = 510, 256
 _TIMBRE = _STYLE // 2
+_CANDIDATES = 24
 
 HELD_OUT_PACKS = ("af_kore", "am_michael", "bf_emma", "bm_daniel", "af_sarah", "am_eric")
 """For voices that no model has heard: in no training speaker, not even as a part of a blend."""
@@ -126,21 +127,23 @@ def _blends(
     split: str,
     random_: random.Random,
 ) -> list[Speaker]:
-    """`count` blends, each the one of 24 candidates whose nearest speaker so far is farthest away."""
+    """`count` blends, each the one of several candidates whose nearest speaker so far is farthest away."""
     if count == 0:
         return []
-    scale = np.std([_vector(speaker, packs) for speaker in before], axis=0) + 1e-6
-    taken = [_vector(speaker, packs) / scale for speaker in before]
+    taken = np.empty((len(before) + count, _STYLE + 1), np.float32)
+    taken[: len(before)] = [_vector(speaker, packs) for speaker in before]
+    scale = taken[: len(before)].std(axis=0) + 1e-6
+    taken[: len(before)] /= scale
     blends = []
     for number in range(count):
         gender = "fm"[number % 2]
         same = [name for name in names if name[1] == gender]
-        candidates = [_candidate(f"{split}-{number:04d}", gender, split, same, random_) for _ in range(24)]
-        vectors = [_vector(candidate, packs) / scale for candidate in candidates]
-        distances = [min(np.linalg.norm(vector - other) for other in taken) for vector in vectors]
-        best = int(np.argmax(distances))
+        candidates = [_candidate(f"{split}-{number:04d}", gender, split, same, random_) for _ in range(_CANDIDATES)]
+        vectors = np.array([_vector(candidate, packs) for candidate in candidates]) / scale
+        known = taken[: len(before) + number]
+        best = int(np.argmax([np.square(known - vector).sum(axis=1).min() for vector in vectors]))
         blends.append(candidates[best])
-        taken.append(vectors[best])
+        taken[len(known)] = vectors[best]
     return blends
 
 

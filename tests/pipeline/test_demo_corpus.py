@@ -249,7 +249,7 @@ def test_another_recipe_is_refused_where_a_corpus_is(corpus: Path) -> None:
         make(DemoConfig(output=config.output, hours=config.hours, speakers=9, seed=3, engine=config.engine))
 
 
-@pytest.mark.parametrize(("field", "value"), [("hours", 0.0), ("hours", -1.0), ("speakers", 0), ("speakers", 5001)])
+@pytest.mark.parametrize(("field", "value"), [("hours", 0.0), ("hours", -1.0), ("speakers", 0), ("speakers", 2001)])
 def test_impossible_sizes_are_refused(field: str, value: float) -> None:
     with pytest.raises(ValueError, match=field):
         DemoConfig(**{field: value})
