@@ -123,8 +123,7 @@ def run(
 
     job = Job(config, config.output, plan.audio_base, plan.rounds, plan.codec, _facts(config))
     weights = ray.put(codec)
-    for folder in ("shards", "quarantine", ""):
-        storage.remove_leftovers(storage.join(config.output, folder))
+    _remove_leftovers(config.output)
     attempts: Counter = Counter()
     while missing := missing_shards(plan, config.output):
         wave = list(_wave(plan, missing, config.wave_batches))
@@ -140,6 +139,7 @@ def run(
         ):
             for row in table.to_pylist():
                 on_progress(row)
+    _remove_leftovers(config.output)  # of writers that were killed meanwhile
 
 
 def read_sidecars(plan: Plan, dataset: str) -> Iterator[dict[str, Any]]:
@@ -210,6 +210,11 @@ def _quarantined(plan: Plan, dataset: str, retried: Counter) -> Iterator[Utteran
 def _chain(first: Utterance | Reject, rest: Iterator[Utterance | Reject]) -> Iterator[Utterance | Reject]:
     yield first
     yield from rest
+
+
+def _remove_leftovers(dataset: str) -> None:
+    for folder in ("shards", "quarantine", ""):
+        storage.remove_leftovers(storage.join(dataset, folder))
 
 
 def _wave(plan: Plan, missing: list[int], limit: int) -> Iterator[tuple[int, int]]:
