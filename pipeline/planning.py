@@ -253,7 +253,7 @@ def _bring_families_together(families: np.ndarray, shard_of: np.ndarray) -> None
 def _rows_at(spool: _Spool, places: np.ndarray) -> pa.Table:
     """Rows of the spool by their numbers, in that order; `places` is sorted."""
     tables = [_SPOOL.empty_table()]
-    with pa.memory_map(spool.path("rows.arrow")) as source:
+    with pa.OSFile(spool.path("rows.arrow")) as source:
         reader = pa.ipc.open_file(source)
         for chunk in np.unique(places // CHUNK):
             inside = places[places // CHUNK == chunk] % CHUNK
@@ -289,7 +289,7 @@ def _shards(spool: _Spool, shard_of: np.ndarray):
     """(shard, rows) in order; each row's shard is at least that of the row before it, or -1."""
     if not (shard_of >= 0).any():
         return
-    with pa.memory_map(spool.path("rows.arrow")) as source:
+    with pa.OSFile(spool.path("rows.arrow")) as source:
         reader = pa.ipc.open_file(source)
         current, parts = 0, []
         for number in range(reader.num_record_batches):

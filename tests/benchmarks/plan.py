@@ -38,14 +38,13 @@ def main() -> None:
         baseline, baseline_cpu = timed(lambda: read_only(manifest))[1:]
         (rows, shards, hours), seconds, cpu = timed(lambda: plan(manifest, f"{folder}/tokens"))
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-        children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e6
         print(f"manifest  {rows:,} cuts, {hours:,.0f} h, {manifest.stat().st_size / 1e9:.2f} GB compressed")
         print(f"read only {baseline:7.1f} s   {baseline_cpu:.1f} CPU-s: Python's gzip, and lines")
         print(f"plan      {seconds:7.1f} s   {cpu:.1f} CPU-s, {rows / seconds:,.0f} cuts/s, {shards:,} shards")
         print(
             f"ratio     {cpu / baseline_cpu:7.2f}     CPU of plan over read only; limit {LIMIT_SECONDS} s of wall time"
         )
-        print(f"memory    {peak:7.2f} GB  and {children:.2f} GB in its reader, limit {LIMIT_GIGABYTES} GB")
+        print(f"memory    {peak:7.2f} GB  at most, limit {LIMIT_GIGABYTES} GB")
         found, seconds = resume(f"{folder}/interrupted", options.shards)
         print(f"resume    {seconds:7.2f} s   {found:,} of {options.shards:,} shards found missing")
 
