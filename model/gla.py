@@ -15,6 +15,8 @@ import warnings
 
 import torch
 
+from model.gla_chunked import chunked_gla
+
 SHORT = 3
 """Up to this many steps the recurrence itself is the fastest on a CPU."""
 
@@ -51,14 +53,13 @@ def gla(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if q.is_cuda and dtype == torch.float32 and _kernels():
         return _fla(q, k, v, g, initial_state.float(), scale, cu_seqlens)
-    compute = recurrent_gla if q.shape[1] <= SHORT else _chunked()
     arguments = [x.to(dtype) for x in (q, k, v, g)]
     if cu_seqlens is None:
-        o, state = compute(*arguments, initial_state.to(dtype), scale)
+        o, state = _computed(*arguments, initial_state.to(dtype), scale)
         return o.to(v.dtype), state
     rows, steps, longest = _unpacked(cu_seqlens, q.shape[1])
     padded = [x.new_zeros(sequences, longest, *x.shape[2:]).index_put((rows, steps), x[0]) for x in arguments]
-    o, state = compute(*padded, initial_state.to(dtype), scale)
+    o, state = _computed(*padded, initial_state.to(dtype), scale)
     return o[rows, steps].unsqueeze(0).to(v.dtype), state
 
 
@@ -71,10 +72,10 @@ def recurrent_gla(q, k, v, g, state, scale):
     return (torch.stack(outputs, 1) if outputs else v), state
 
 
-def _chunked():
-    from model.gla_chunked import chunked_gla
-
-    return chunked_gla
+def _computed(q, k, v, g, state, scale):
+    # Automatic mixed precision would round the decays' products to 8 bits.
+    with torch.autocast(q.device.type, enabled=False):
+        return (recurrent_gla if q.shape[1] <= SHORT else chunked_gla)(q, k, v, g, state, scale)
 
 
 def _checked(q, k, v, g, initial_state, cu_seqlens) -> int:
@@ -84,8 +85,11 @@ def _checked(q, k, v, g, initial_state, cu_seqlens) -> int:
         raise ValueError(f"expected q, k, g [B, T, H, d_k] and v [B, T, H, d_v], found {shapes}")
     if cu_seqlens is not None and q.shape[0] != 1:
         raise ValueError(f"packed sequences lie in one row; found {q.shape[0]} rows: flatten them into [1, B · T, …]")
-    if cu_seqlens is not None and (
-        cu_seqlens[0] != 0 or cu_seqlens[-1] != q.shape[1] or bool((cu_seqlens.diff() < 0).any())
+    # Not on a GPU: looking would wait for it.
+    if (
+        cu_seqlens is not None
+        and not cu_seqlens.is_cuda
+        and (cu_seqlens[0] != 0 or cu_seqlens[-1] != q.shape[1] or bool((cu_seqlens.diff() < 0).any()))
     ):
         raise ValueError(f"cu_seqlens must rise from 0 to {q.shape[1]}, found {cu_seqlens.tolist()}")
     sequences = q.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1

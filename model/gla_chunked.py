@@ -55,22 +55,30 @@ class _ChunkedGLA(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, do, dfinal):
-        q, k, v, g, pairs, entering, final = ctx.saved_tensors
-        qc, kc, vc, gc, doc = (_to_chunks(x, pairs.shape[-1]) for x in (q, k, v, g, do))
-        qc = qc * ctx.scale
-        levels, whole = _levels(gc, ctx.base)
-        dq, dk = _decayed_products_backward(doc @ vc.mT, qc, kc, levels)
-        inflow = (qc * whole.before).mT @ doc
-        dleaving, dstate = _carry(whole.total, inflow, dfinal.reshape(final.shape), backwards=True)
-        dq += (doc @ entering.mT).mul_(whole.before)
-        dk += (vc @ dleaving.mT).mul_(whole.after)
-        dv = (pairs.mT @ doc).add_((kc * whole.after) @ dleaving)
-        dg = (qc * dq).sub_(kc * dk)
-        dg[:, :-1, -1] += (entering[:, 1:] * dleaving[:, :-1]).sum(-1)
-        dg[:, -1, -1] += (final * dleaving[:, -1]).sum(-1)
-        dg = dg.flip(2).cumsum(2).flip(2)
-        gradients = (dq.mul_(ctx.scale), q), (dk, k), (dv, v), (dg, g)
-        return *(_from_chunks(d, x.shape) for d, x in gradients), dstate.view(dfinal.shape), None
+        with torch.autocast(do.device.type, enabled=False):
+            return _gradients(ctx, do, dfinal)
+
+
+def _gradients(ctx, do, dfinal):
+    """Of q, k, v, g, the state and, None, the scale."""
+    q, k, v, g, pairs, entering, final = ctx.saved_tensors
+    qc, kc, vc, gc, doc = (_to_chunks(x, pairs.shape[-1]) for x in (q, k, v, g, do))
+    qc = qc * ctx.scale
+    levels, whole = _levels(gc, ctx.base)
+    inflow = (qc * whole.before).mT @ doc
+    dleaving, dstate = _carry(whole.total, inflow, dfinal.reshape(final.shape), backwards=True)
+    if not any(ctx.needs_input_grad[:4]):
+        return None, None, None, None, dstate.view(dfinal.shape), None
+    dq, dk = _decayed_products_backward(doc @ vc.mT, qc, kc, levels)
+    dq += (doc @ entering.mT).mul_(whole.before)
+    dk += (vc @ dleaving.mT).mul_(whole.after)
+    dv = (pairs.mT @ doc).add_((kc * whole.after) @ dleaving)
+    dg = (qc * dq).sub_(kc * dk)
+    dg[:, :-1, -1] += (entering[:, 1:] * dleaving[:, :-1]).sum(-1)
+    dg[:, -1, -1] += (final * dleaving[:, -1]).sum(-1)
+    dg = dg.flip(2).cumsum(2).flip(2)
+    gradients = (dq.mul_(ctx.scale), q), (dk, k), (dv, v), (dg, g)
+    return *(_from_chunks(d, x.shape) for d, x in gradients), dstate.view(dfinal.shape), None
 
 
 class _Level(NamedTuple):

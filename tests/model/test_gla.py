@@ -130,6 +130,17 @@ def test_a_sequence_in_pieces_is_the_whole() -> None:
     torch.testing.assert_close(state, final, rtol=0, atol=1e-12)
 
 
+def test_the_gradient_of_the_state_alone_is_the_same() -> None:
+    """Where weights are frozen, a voice's state is all that is asked for."""
+    q, k, v, g, state = arguments(2, 150, 2, 4, 6, 2.0, 0.02)
+    state.requires_grad_()
+    alone = torch.autograd.grad(gla(q, k, v, g, state)[0].sin().sum(), state)[0]
+    everything = [x.clone().requires_grad_() for x in (q, k, v, g, state)]
+    together = torch.autograd.grad(gla(*everything)[0].sin().sum(), everything)[4]
+    assert alone.abs().max() > 0
+    torch.testing.assert_close(alone, together, rtol=0, atol=1e-12)
+
+
 def test_arguments_stay_as_they_are_and_states_stay_precise() -> None:
     values = [x.bfloat16() for x in arguments(1, 70, 1, 4, 4, 1.0, 0.0)]
     before = [x.clone() for x in values]

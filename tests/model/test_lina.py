@@ -286,8 +286,18 @@ def test_it_learns_what_the_text_says(mixer: str) -> None:
     assert model.eval()(spoken()).loss.item() < 1.2
 
 
-def test_bfloat16_follows_float32() -> None:
-    model, batch = network().float(), utterances([5, 3], [20, 30])
-    exact = model(batch).loss
-    rough = model.bfloat16()(batch).loss
-    assert abs(rough.float() - exact) < 0.05
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_bfloat16_follows_float32(mixer: str) -> None:
+    """Stored in bfloat16, and with automatic mixed precision: losses and gradients stay near those of float32."""
+    model, batch = network(mixer).float(), utterances([5, 3], [20, 30])
+
+    def trained(loss) -> tuple[float, torch.Tensor]:
+        return loss.item(), torch.autograd.grad(loss, model.encoder[0].mixer.project.weight)[0].float()
+
+    exact, gradient = trained(model(batch).loss)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = trained(model(batch).loss)
+    model.bfloat16()
+    for loss, rough in (mixed, trained(model(batch).loss)):
+        assert abs(loss - exact) < 0.05
+        assert torch.cosine_similarity(rough.flatten(), gradient.flatten(), dim=0) > 0.98
