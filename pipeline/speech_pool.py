@@ -23,13 +23,13 @@ class Augmentation:
     """Chance of another speed; the factor is from 0.8 to 1.25, evenly on a log scale."""
     band: float = 0.25
     """Chance of a low-pass between 3.4 and 8 kHz, as in recordings of a lower sample rate."""
-    noise: float = 0.35
+    noise: float = 0.1
     """Chance of coloured noise, 10 to 45 dB under the speech."""
-    room: float = 0.25
+    room: float = 0.1
     """Chance of reverberation of 0.1 to 0.6 s."""
     second_voice: float = 0.05
     """Chance of another utterance under the first one."""
-    lowest_level: float = -35.0
+    lowest_level: float = -20.0
     """Peak levels are from here to -1 dB, evenly."""
 
 
@@ -77,6 +77,11 @@ class SpeechPool:
         (folder / "samples.int16.part").rename(folder / "samples.int16")
         (folder / "pool.json").write_text(json.dumps({"sample_rate": sample_rate, "ends": ends}), encoding="utf-8")
         return cls.open(folder)
+
+    def utterance(self, number: int) -> np.ndarray:
+        """float32 [samples] of one whole utterance."""
+        first = int(self.ends[number - 1]) if number else 0
+        return self.samples[first : int(self.ends[number])].astype(np.float32) / 32768
 
     def batch(
         self, seed: int, step: int, worker: int, rows: int, samples: int, augmentation: Augmentation | None

@@ -33,7 +33,7 @@ class ResidualQuantiser(nn.Module):
         recent: latents kept for the k-means start.
     """
 
-    def __init__(self, config: CodecConfig, decay: float = 0.99, dead_below: float = 0.1, recent: int = 8192) -> None:
+    def __init__(self, config: CodecConfig, decay: float = 0.99, dead_below: float = 0.1, recent: int = 32_768) -> None:
         super().__init__()
         levels, size, width = config.codebooks, config.codebook_size, config.dimension
         self.decay, self.dead_below = decay, dead_below

@@ -16,7 +16,7 @@ from torch import nn
 
 from model.codec import build_networks, codebook_name, weights_from_training
 from model.codec_config import CodecConfig, CodecError
-from model.codec_initial import variance_preserving
+from model.codec_initial import transform_codec, variance_preserving
 from model.codec_training import discriminator as adversary
 from model.codec_training.losses import Balancer, MelDistance
 from model.codec_training.quantiser import Quantised, ResidualQuantiser, average_over_workers, perplexity
@@ -28,6 +28,11 @@ class Recipe:
 
     steps: int = 10_000
     learning_rate: float = 1e-3
+    transform_start: bool = True
+    """Start as a transform codec (`model.codec_initial`), where the sizes allow it. Learning rates above 1e-4 undo it
+    at once; without it, 1e-3 learns fastest."""
+    bias_rate: float = 0.02
+    """Share of the learning rate for biases: the transform codec that training starts from carries small values."""
     warmup: int = 200
     """Steps to the full learning rate."""
     cooldown: float = 0.3
@@ -67,6 +72,8 @@ class CodecTrainer:
             torch.manual_seed(recipe.seed)
             encoder, decoder = build_networks(config, norm="weight_norm")
             variance_preserving(encoder, decoder)
+            if recipe.transform_start:
+                transform_codec(encoder, decoder, config)
             judge = adversary.build_discriminator(recipe.discriminator_filters, recipe.discriminator_windows)
         self.networks = nn.ModuleDict({"encoder": encoder, "decoder": decoder}).to(self.device)
         self.quantiser = ResidualQuantiser(config).to(self.device)
@@ -80,8 +87,13 @@ class CodecTrainer:
                 "features": recipe.feature_weight,
             }
         )
+        named = list(self.networks.named_parameters())
+        groups = [
+            {"params": [p for name, p in named if "bias" not in name], "share": 1.0},
+            {"params": [p for name, p in named if "bias" in name], "share": recipe.bias_rate},
+        ]
         self.optimiser = torch.optim.AdamW(
-            self.networks.parameters(), lr=recipe.learning_rate, betas=(0.8, 0.99), weight_decay=0.0, fused=True
+            groups, lr=recipe.learning_rate, betas=(0.8, 0.99), weight_decay=0.0, fused=True
         )
         self.judge_optimiser = torch.optim.AdamW(
             self.judge.parameters(), lr=recipe.discriminator_rate, betas=(0.5, 0.9), weight_decay=0.0, fused=True
@@ -208,7 +220,8 @@ class CodecTrainer:
 
     def _set_rates(self) -> float:
         share = self.learning_rate(self.step_number)
-        self.optimiser.param_groups[0]["lr"] = share * self.recipe.learning_rate
+        for group in self.optimiser.param_groups:
+            group["lr"] = share * group["share"] * self.recipe.learning_rate
         self.judge_optimiser.param_groups[0]["lr"] = share * self.recipe.discriminator_rate
         return share * self.recipe.learning_rate
 

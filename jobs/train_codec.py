@@ -1,0 +1,49 @@
+#!/usr/bin/env python
+"""Trains a codec of EnCodec's architecture on any corpus of speech and exports it for `tokenize --codec PATH`.
+
+    python jobs/train_codec.py --config infra/configs/codec/demo.yaml --data data/demo/manifest.jsonl
+    ray job submit -- python jobs/train_codec.py --data corpus/manifest.jsonl --output /mnt/codec --workers 8
+
+The same command again goes on where the last one was cut off. Exit codes: 0 done; 1 failed; 2 the command is wrong.
+"""
+
+import os
+import sys
+
+# jobs/ holds a file with the name of a module of the standard library: the project's folder takes its place.
+if __name__ == "__main__":
+    sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+import argparse
+
+from infra import config as configs
+from pipeline.codec_training import EXPORT, TrainCodecConfig, train
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    configs.add_arguments(parser, TrainCodecConfig)
+    try:
+        config = configs.from_arguments(TrainCodecConfig, parser.parse_args())
+    except configs.ConfigError as error:
+        parser.error(str(error))
+
+    from infra import cluster, tracking
+    from model.codec_config import CodecError
+    from pipeline.manifests import ManifestError
+
+    try:
+        if config.workers == 1:
+            train(config)
+        else:
+            with cluster.connect():
+                train(config)
+    except (CodecError, ManifestError, cluster.ClusterError, tracking.TrackingError) as error:
+        print(f"train_codec: {error}", file=sys.stderr)
+        return 2
+    print(f"train_codec: the codec is in {os.path.join(config.output, EXPORT)}; use it with --codec")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,352 @@
+"""Training a codec from any corpus: a pool of speech, workers that step together, checkpoints, weights, MLflow.
+
+    <output>/pool/, <output>/valid/     the corpus's speech as memory-mapped samples, made once
+    <output>/checkpoint.pt              everything the next step depends on; tensors, numbers and text only
+    <output>/export/                    config.json and model.safetensors: what `--codec PATH` takes
+
+A run that was cut off goes on from its checkpoint: batches are a function of the step, so on the same number of workers
+and threads it ends in the same weights as a run that was not.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from infra import storage, tracking
+from infra.config import option
+from model.codec import CONFIG_FILE, WEIGHTS_FILE
+from model.codec_config import CodecConfig, CodecError
+from pipeline.speech_pool import Augmentation, SpeechPool
+
+if TYPE_CHECKING:
+    from model.codec_training.trainer import CodecTrainer, Recipe
+
+CHECKPOINT, EXPORT = "checkpoint.pt", "export"
+_HELD_OUT = ("heldout", "test")
+"""Values of a manifest's `split` column that are never trained on."""
+_MAX_SKIPPED = 20
+"""Steps in a row without finite gradients after which a run stops."""
+
+
+@dataclass(frozen=True)
+class TrainCodecConfig:
+    """From a corpus to a codec of EnCodec's architecture."""
+
+    data: str = option("data/demo/manifest.jsonl", "manifest or folder of recordings: any input that tokenize takes")
+    output: str = option("out/codec", "local folder for the speech, the checkpoint and the exported codec")
+    name: str = option("codec", "name of the codec")
+    filters: int = option(32, "channels at the full sample rate; they double at every stride")
+    ratios: tuple[int, ...] = option((8, 5, 4, 2), "strides, outermost last; their product is the hop")
+    dimension: int = option(128, "width of the quantised vector")
+    residual_layers: int = option(1, "residual blocks before each stride")
+    lstm_layers: int = option(2, "LSTM layers in encoder and decoder each")
+    codebooks: int = option(8, "codes a frame")
+    codebook_size: int = option(1024, "entries of a codebook")
+    steps: int = option(10_000, "steps of the whole run; a longer run goes on from a shorter one's checkpoint")
+    batch: int = option(16, "segments a step, over all workers")
+    segment: float = option(1.0, "seconds of a segment")
+    learning_rate: float = option(5e-5, "AdamW's, after the warm-up; without the transform start, 1e-3")
+    transform_start: bool = option(True, "start as a transform codec, where the sizes allow it")
+    bias_rate: float = option(0.02, "share of the learning rate for biases; without the transform start, 1")
+    warmup: int = option(200, "steps to the full learning rate")
+    cooldown: float = option(0.3, "share of the steps, at the end, in which the learning rate falls")
+    quantise_from: int = option(500, "step at which the codebooks start")
+    mel_weight: float = option(1.0, "share of the mel loss in the gradient")
+    time_weight: float = option(0.5, "share of the waveform's loss")
+    adversarial_from: int = option(0, "step from which the discriminator judges; 0 trains without one")
+    augment: bool = option(True, "vary level, speed, bandwidth, noise and room")
+    seed: int = option(0, "of weights and batches")
+    workers: int = option(1, "Ray Train workers; 1 trains in the job's own process")
+    device: str = option("auto", "where the workers compute", choices=("auto", "cpu", "cuda"))
+    threads: int = option(0, "threads of each worker on a CPU; 0 leaves it to PyTorch")
+    log_every: int = option(50, "steps between lines of the log")
+    save_every: int = option(500, "steps between checkpoints")
+    evaluate_every: int = option(1000, "steps between validations with audio and spectrograms")
+    tracking: str | None = option(None, "MLflow's tracking URI, or none; default MLFLOW_TRACKING_URI")
+
+    def __post_init__(self) -> None:
+        self.codec()
+        for field in ("steps", "batch", "warmup", "workers", "log_every", "save_every", "evaluate_every"):
+            if getattr(self, field) < 1:
+                raise ValueError(f"{field} must be at least 1, not {getattr(self, field)}")
+        if self.batch % self.workers:
+            raise ValueError(f"batch {self.batch} cannot be divided over {self.workers} workers")
+        if self.samples < 2 * self.codec().hop:
+            raise ValueError(f"segment {self.segment} s is shorter than two frames")
+        if not storage.is_local(self.output):
+            raise ValueError(f"output {self.output} must be a local folder or one that all workers have mounted")
+
+    @property
+    def samples(self) -> int:
+        """Samples of a segment: a whole number of frames."""
+        codec = self.codec()
+        return int(self.segment * codec.sample_rate) // codec.hop * codec.hop
+
+    def codec(self) -> CodecConfig:
+        return CodecConfig(
+            self.name,
+            filters=self.filters,
+            ratios=tuple(self.ratios),
+            dimension=self.dimension,
+            residual_layers=self.residual_layers,
+            lstm_layers=self.lstm_layers,
+            codebooks=self.codebooks,
+            codebook_size=self.codebook_size,
+        )
+
+    def recipe(self) -> Recipe:
+        from model.codec_training.trainer import Recipe
+
+        return Recipe(**{f.name: getattr(self, f.name) for f in dataclasses.fields(Recipe) if hasattr(self, f.name)})
+
+
+def train(config: TrainCodecConfig) -> dict[str, float]:
+    """Trains to the last step, from the checkpoint in `output` if there is one; returns the last log line's numbers.
+
+    Raises:
+        CodecError: no usable speech, a checkpoint of another architecture, steps without finite gradients.
+        ManifestError: the data cannot be read.
+    """
+    make_pools(config)
+    if config.workers == 1:
+        return train_worker(config, rank=0)
+    import ray.train
+    from ray.train.torch import TorchTrainer
+
+    cuda = _device(config) == "cuda"
+    threads = config.threads or 1
+    scaling = ray.train.ScalingConfig(
+        num_workers=config.workers, use_gpu=cuda, resources_per_worker={"CPU": threads} | ({"GPU": 1} if cuda else {})
+    )
+    run = ray.train.RunConfig(
+        name="ray-train",
+        storage_path=storage.absolute(config.output),
+        failure_config=ray.train.FailureConfig(max_failures=3),
+    )
+    result = TorchTrainer(
+        _ray_worker, train_loop_config={"config": config}, scaling_config=scaling, run_config=run
+    ).fit()
+    return {name: value for name, value in (result.metrics or {}).items() if isinstance(value, float)}
+
+
+def _ray_worker(settings: dict[str, Any]) -> None:
+    import ray.train
+
+    ray.train.report(train_worker(settings["config"], ray.train.get_context().get_world_rank()))
+
+
+def make_pools(config: TrainCodecConfig) -> None:
+    """Reads, checks and resamples the corpus once into `output`/pool and /valid; prints what was left out and why."""
+    output = Path(storage.absolute(config.output))
+    note = output / "data.json"
+    if note.exists():
+        made = json.loads(note.read_text(encoding="utf-8"))
+        if made["data"] != storage.absolute(config.data):
+            raise CodecError(f"{output} holds speech of {made['data']}, not of {config.data}; choose another --output")
+        return
+    rejects: dict[str, int] = {}
+    rate = config.codec().sample_rate
+    train = SpeechPool.write(output / "pool", _waves(config, rate, rejects, valid=False), rate)
+    valid = SpeechPool.write(output / "valid", _waves(config, rate, {}, valid=True), rate)
+    facts = {
+        "data": storage.absolute(config.data),
+        "seconds": train.seconds,
+        "utterances": len(train.ends),
+        "digest": train.digest,
+        "valid_utterances": len(valid.ends),
+        "rejects": rejects,
+    }
+    storage.write_text(str(note), json.dumps(facts, indent=2) + "\n")
+    print(f"train_codec: {train.seconds / 3600:.2f} h of speech in {len(train.ends)} utterances, rejects {rejects}")
+
+
+def _waves(config: TrainCodecConfig, rate: int, rejects: dict[str, int], valid: bool) -> Iterator[np.ndarray]:
+    """Utterances of the corpus: those to train on, or every 50th, 16 at most, to validate on."""
+    from pipeline.audio import clean_audio
+    from pipeline.manifests import open_manifest
+    from pipeline.utterances import Reject, Unusable
+
+    taken = 0
+    for number, row in enumerate(open_manifest(config.data)):
+        if isinstance(row, Reject):
+            rejects[row.reason] = rejects.get(row.reason, 0) + 1
+            continue
+        if row.extra.get("split") in _HELD_OUT or (number % 50 == 0) != valid or (valid and taken == 16):
+            continue
+        try:
+            yield clean_audio(row.audio, row.start, row.duration, target_rate=rate, channel=row.channel)
+            taken += 1
+        except Unusable as unusable:
+            rejects[unusable.reason] = rejects.get(unusable.reason, 0) + 1
+    if not taken:
+        raise CodecError(f"{config.data} has no usable speech to {'validate' if valid else 'train'} on: {rejects}")
+
+
+def train_worker(config: TrainCodecConfig, rank: int) -> dict[str, float]:
+    """One worker's loop; the first one logs, saves and validates."""
+    import torch
+
+    from model.codec_training.trainer import CodecTrainer
+
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    output = storage.absolute(config.output)
+    pool = SpeechPool.open(Path(output, "pool"))
+    trainer = CodecTrainer(config.codec(), config.recipe(), _device(config))
+    if storage.exists(storage.join(output, CHECKPOINT)):
+        load_checkpoint(trainer, output)
+    tracked = config.tracking if rank == 0 else "none"
+    known = tracking.known_run(output) if rank == 0 else None
+    with tracking.track("codec", config.name, config, {"data": pool.digest}, known, tracked) as run:
+        if rank == 0:
+            tracking.remember_run(output, run)
+            run.log_input(config.name, pool.digest, config.data, "training")
+        return _loop(config, trainer, pool, run, rank, output)
+
+
+def _loop(
+    config: TrainCodecConfig, trainer: CodecTrainer, pool: SpeechPool, run: tracking.Run, rank: int, output: str
+) -> dict[str, float]:
+    import torch
+
+    log = _Log(config)
+    skipped = 0
+    while trainer.step_number < config.steps:
+        rows = pool.batch(
+            config.seed,
+            trainer.step_number,
+            rank,
+            config.batch // config.workers,
+            config.samples,
+            Augmentation() if config.augment else None,
+        )
+        try:
+            log.add(trainer.step(torch.from_numpy(rows)))
+            skipped = 0
+        except FloatingPointError as error:
+            skipped += 1
+            print(f"step {trainer.step_number} skipped: {error}", flush=True)
+            trainer.step_number += 1
+            if skipped == _MAX_SKIPPED:
+                raise CodecError(
+                    f"{skipped} steps in a row without finite gradients; lower the learning rate"
+                ) from None
+        step, last = trainer.step_number, trainer.step_number == config.steps
+        if rank:
+            continue
+        if step % config.log_every == 0 or last:
+            run.log_metrics(log.line(step), step)
+        if step % config.save_every == 0 or last:
+            save_checkpoint(trainer, output)
+        if trainer.quantiser.started and (step % config.evaluate_every == 0 or last):
+            run.log_metrics(validate(trainer, output, run), step)
+    return log.latest
+
+
+class _Log:
+    """Means over the steps since the last line, printed as one line and handed to MLflow."""
+
+    def __init__(self, config: TrainCodecConfig) -> None:
+        self.config, self.since, self.rows = config, time.monotonic(), []
+        self.latest: dict[str, float] = {}
+
+    def add(self, metrics: dict[str, float]) -> None:
+        self.rows.append(metrics)
+
+    def line(self, step: int) -> dict[str, float]:
+        names = sorted({name for row in self.rows for name in row})
+        means = {name: float(np.mean([row[name] for row in self.rows if name in row])) for name in names}
+        seconds = time.monotonic() - self.since
+        speech = len(self.rows) * self.config.batch * self.config.segment
+        means["audio_seconds_per_second"] = speech / max(seconds, 1e-9)
+        self.latest, self.rows, self.since = means, [], time.monotonic()
+        print(f"step {step} " + " ".join(f"{name} {value:.4g}" for name, value in means.items()), flush=True)
+        return means
+
+
+def validate(trainer: CodecTrainer, output: str, run: tracking.Run) -> dict[str, float]:
+    """Exports the codec as it is and puts the validation speech through it: numbers, audio, spectrograms."""
+    from model.codec import Codec
+    from pipeline import measures
+
+    export(trainer, output)
+    codec = Codec.load(Path(output, EXPORT))
+    valid = SpeechPool.open(Path(output, "valid"))
+    originals = [valid.utterance(i) for i in range(len(valid.ends))]
+    codes = codec.encode(originals)
+    decoded = [wave[: len(o)] for wave, o in zip(codec.decode(codes), originals, strict=True)]
+    _log_listening(run, originals[:3], decoded[:3], trainer.step_number, codec.config.sample_rate)
+    rate = codec.config.sample_rate
+    pairs = list(zip(originals, decoded, strict=True))
+    used = measures.perplexity(codes, codec.config.codebook_size)
+    result = {f"valid.perplexity.{level}": value for level, value in enumerate(used, 1)}
+    result["valid.mel_distance"] = float(np.mean([measures.mel_distance(o, d, rate) for o, d in pairs]))
+    print(f"step {trainer.step_number} " + " ".join(f"{k} {v:.4g}" for k, v in result.items()), flush=True)
+    return result
+
+
+def _log_listening(run: tracking.Run, originals, decoded, step: int, rate: int) -> None:
+    """Waveforms and spectrograms, the original beside the decoded, as artefacts of the run."""
+    import tempfile
+
+    import soundfile
+    from matplotlib.figure import Figure
+
+    from pipeline.measures import log_mel
+
+    figure = Figure(figsize=(10, 2.2 * len(originals)), layout="constrained")
+    axes = figure.subplots(len(originals), 2, squeeze=False)
+    with tempfile.TemporaryDirectory() as folder:
+        for row, pair in enumerate(zip(originals, decoded, strict=True)):
+            for column, (what, wave) in enumerate(zip(("original", "decoded"), pair, strict=True)):
+                soundfile.write(f"{folder}/{row}-{what}.wav", wave, rate)
+                axes[row][column].imshow(log_mel(wave, rate), origin="lower", aspect="auto")
+                axes[row][column].set_title(what)
+        run.log_artifact(folder, f"listen/step-{step:08d}")
+    run.log_figure(figure, f"spectrograms/step-{step:08d}.png")
+
+
+def save_checkpoint(trainer: CodecTrainer, output: str) -> None:
+    import torch
+
+    content = io.BytesIO()
+    torch.save(trainer.state_dict(), content)
+    storage.write_bytes(storage.join(output, CHECKPOINT), content.getvalue())
+
+
+def load_checkpoint(trainer: CodecTrainer, output: str) -> None:
+    """Raises CodecError where the checkpoint is damaged or trains another architecture."""
+    import pickle
+
+    import torch
+
+    url = storage.join(output, CHECKPOINT)
+    try:
+        state = torch.load(io.BytesIO(storage.read_bytes(url)), map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        raise CodecError(f"{url} is no checkpoint of train_codec: {error}; delete it to start anew") from None
+    trainer.load_state_dict(state)
+
+
+def export(trainer: CodecTrainer, output: str) -> None:
+    """Writes `output`/export, the weights first. Raises CodecError before the codebooks have started."""
+    folder = storage.join(output, EXPORT)
+    storage.write_bytes(storage.join(folder, WEIGHTS_FILE), trainer.weights())
+    storage.write_text(storage.join(folder, CONFIG_FILE), json.dumps(trainer.config.to_dict(), indent=2) + "\n")
+
+
+def _device(config: TrainCodecConfig) -> str:
+    import torch
+
+    if config.device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return config.device

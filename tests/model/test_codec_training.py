@@ -1,0 +1,197 @@
+"""Codec training: it learns, resumes bit for bit, keeps its codebooks alive and its gradients balanced."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+
+import numpy as np
+import pytest
+import torch
+
+from model.codec import Codec
+from model.codec_config import CodecConfig, CodecError
+from model.codec_training import discriminator
+from model.codec_training.losses import Balancer, MelDistance
+from model.codec_training.quantiser import ResidualQuantiser, kmeans, perplexity
+from model.codec_training.trainer import CodecTrainer, Recipe
+
+TINY = CodecConfig("tiny", filters=4, ratios=(5, 4, 4), dimension=8, lstm_layers=1, codebooks=3, codebook_size=16)
+RECIPE = Recipe(
+    steps=100,
+    learning_rate=2e-3,
+    bias_rate=1.0,
+    warmup=5,
+    quantise_from=4,
+    transform_start=False,
+    discriminator_filters=2,
+)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def speech(step: int, rows: int = 2, samples: int = 80 * 60) -> torch.Tensor:
+    """Harmonics with a pitch of their own for each row, and a little noise."""
+    rng = np.random.default_rng(step)
+    time = np.arange(samples) / 24_000
+    pitch = rng.uniform(90, 250, (rows, 1))
+    wave = sum(np.sin(2 * np.pi * k * pitch * time) / k for k in range(1, 12))
+    return torch.from_numpy((0.1 * wave + 0.005 * rng.standard_normal((rows, samples))).astype(np.float32))
+
+
+def run(trainer: CodecTrainer, steps: int) -> list[dict[str, float]]:
+    return [trainer.step(speech(trainer.step_number)) for _ in range(steps)]
+
+
+@pytest.mark.parametrize("config", [TINY, dataclasses.replace(TINY, ratios=(8, 5, 4, 2))])
+def test_networks_can_start_as_a_transform_codec(config: CodecConfig) -> None:
+    """Speech passes before anything was learnt, but for what lies above the lowest coefficients."""
+    from model.codec import build_networks
+    from model.codec_initial import transform_codec, variance_preserving
+
+    config = dataclasses.replace(config, filters=16, dimension=config.hop // 2, lstm_layers=0)
+    for norm in ("weight_norm", "none"):
+        torch.manual_seed(0)
+        encoder, decoder = build_networks(config, norm)
+        variance_preserving(encoder, decoder)
+        assert transform_codec(encoder, decoder, config)
+        wave = 0.2 * speech(3, rows=1).unsqueeze(1)
+        with torch.no_grad():
+            error = decoder(encoder(wave)) - wave
+        assert float(error.pow(2).sum() / wave.pow(2).sum()) < 0.1
+    narrow = dataclasses.replace(config, filters=1)
+    assert not transform_codec(*build_networks(narrow, "none"), narrow)
+
+
+@pytest.mark.parametrize("adversarial_from", [0, 3])
+def test_resuming_equals_never_having_stopped(adversarial_from: int) -> None:
+    recipe = dataclasses.replace(RECIPE, adversarial_from=adversarial_from)
+    whole = CodecTrainer(TINY, recipe)
+    expected = run(whole, 9)
+    first, second = CodecTrainer(TINY, recipe), CodecTrainer(TINY, recipe)
+    run(first, 6)
+    file = io.BytesIO()
+    torch.save(first.state_dict(), file)
+    file.seek(0)
+    second.load_state_dict(torch.load(file, weights_only=True))
+    assert run(second, 3) == expected[6:]
+    assert second.weights() == whole.weights()
+
+
+def test_a_few_steps_lower_the_loss_and_the_codec_runs() -> None:
+    trainer = CodecTrainer(TINY, RECIPE)
+    losses = [row["mel"] for row in run(trainer, 60)]
+    assert np.mean(losses[-5:]) < 0.8 * np.mean(losses[:5])
+    codec = Codec(TINY, trainer.weights())
+    wave = speech(999, rows=1)[0].numpy()
+    codes = codec.encode([wave])[0]
+    assert codes.shape == (3, 60)
+    # what is exported computes what was trained
+    trainer.networks.eval(), trainer.quantiser.eval()
+    with torch.no_grad():
+        latent = trainer.networks["encoder"](torch.from_numpy(wave)[None, None])
+        quantised = trainer.quantiser(latent, torch.tensor([3]))
+        audio = trainer.networks["decoder"](quantised.latent)[0, 0].numpy()
+    np.testing.assert_array_equal(quantised.codes[0].numpy(), codes)
+    np.testing.assert_allclose(codec.decode([codes])[0], audio, atol=1e-5)
+
+
+def test_no_weights_before_the_codebooks() -> None:
+    with pytest.raises(CodecError, match="step 4"):
+        CodecTrainer(TINY, RECIPE).weights()
+
+
+def test_another_architecture_is_refused() -> None:
+    state = CodecTrainer(TINY, RECIPE).state_dict()
+    with pytest.raises(CodecError, match="architecture"):
+        CodecTrainer(dataclasses.replace(TINY, filters=8), RECIPE).load_state_dict(state)
+
+
+def test_steps_that_are_not_finite_change_no_weights() -> None:
+    trainer = CodecTrainer(TINY, RECIPE)
+    before = {name: value.clone() for name, value in trainer.networks.state_dict().items()}
+    with pytest.raises(FloatingPointError):
+        trainer.step(speech(0) * float("nan"))
+    assert all(torch.equal(value, before[name]) for name, value in trainer.networks.state_dict().items())
+
+
+def test_dead_codes_restart() -> None:
+    """Codes far from all data are given vectors of the batch, and are used from then on."""
+    quantiser = ResidualQuantiser(TINY, decay=0.5)
+    generator = torch.Generator().manual_seed(0)
+    latent = torch.randn(4, 8, 50, generator=generator)
+    quantiser.embed[0] = torch.arange(16.0).unsqueeze(1) * 100 + 50
+    quantiser.sums[0], quantiser.counts[0] = quantiser.embed[0] / 16, 1 / 16
+    quantiser.started.fill_(True)
+    depths = torch.full((4,), 3)
+    quantiser.train()
+    before = perplexity(quantiser(latent, depths, generator).codes[:, 0], 16)
+    for _ in range(30):
+        codes = quantiser(latent, depths, generator).codes
+    assert before < 2 and perplexity(codes[:, 0], 16) > 10
+
+
+def test_dropped_levels_give_nothing_and_prefixes_agree() -> None:
+    quantiser = ResidualQuantiser(TINY).eval()
+    generator = torch.Generator().manual_seed(0)
+    latent = torch.randn(2, 8, 40, generator=generator)
+    quantiser.remember(latent)
+    quantiser.start(generator)
+    shallow, deep = (quantiser(latent, torch.tensor([depth, 3])) for depth in (1, 3))
+    assert torch.equal(shallow.codes, deep.codes) and torch.equal(shallow.latent[1], deep.latent[1])
+    first_code = quantiser.embed[0][shallow.codes[0, 0]]
+    assert torch.equal(shallow.latent[0].t(), first_code)
+    errors = [(quantiser(latent, torch.tensor([d, d])).latent - latent).pow(2).mean() for d in (1, 2, 3)]
+    assert errors[0] > errors[1] > errors[2]
+
+
+def test_codebooks_cannot_start_from_nothing() -> None:
+    with pytest.raises(ValueError, match="remembered"):
+        ResidualQuantiser(TINY).start(torch.Generator())
+
+
+def test_kmeans_finds_clusters() -> None:
+    generator = torch.Generator().manual_seed(1)
+    truth = torch.randn(8, 4, generator=generator) * 10
+    vectors = truth.repeat(50, 1) + 0.01 * torch.randn(400, 4, generator=generator)
+    centres = kmeans(vectors, 24, 10, generator)
+    assert torch.cdist(truth, centres).min(dim=1).values.max() < 0.1
+
+
+def test_balancer_makes_weights_shares_whatever_the_scales() -> None:
+    output = torch.randn(3, 1, 50).requires_grad_()
+    balancer = Balancer({"loud": 3.0, "quiet": 1.0, "off": 0.0})
+    losses = {"loud": 1e6 * output[..., :25].sum(), "quiet": 1e-6 * output[..., 25:].sum(), "off": output.sum()}
+    gradient = balancer.gradient(losses, output).detach()
+    loud, quiet = gradient[..., :25].flatten(1).norm(dim=1).mean(), gradient[..., 25:].flatten(1).norm(dim=1).mean()
+    assert float(loud / quiet) == pytest.approx(3.0, rel=1e-5)
+
+
+def test_mel_distance_hears_level_and_pitch() -> None:
+    mel = MelDistance(24_000)
+    wave = speech(1)
+    assert float(mel(wave, wave)) == 0
+    assert 0 < float(mel(0.9 * wave, wave)) < float(mel(0.3 * wave, wave)) < float(mel(torch.zeros_like(wave), wave))
+    silence = torch.zeros(1, 4800, requires_grad=True)
+    mel(silence, wave[:1]).backward()
+    assert torch.isfinite(silence.grad).all()
+
+
+def test_discriminator_learns_to_tell_noise_from_speech() -> None:
+    torch.manual_seed(0)
+    judge = discriminator.build_discriminator(4, (512, 256))
+    optimiser = torch.optim.AdamW(judge.parameters(), lr=1e-2)
+    losses = []
+    for step in range(30):
+        real, fake = speech(step).unsqueeze(1), 0.1 * torch.randn(2, 1, 4800)
+        loss = discriminator.discriminator_loss(judge(real), judge(fake))
+        optimiser.zero_grad(), loss.backward(), optimiser.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.7 * losses[0]
+    assert float(discriminator.feature_loss(judge(real), judge(real))) == 0

@@ -1,0 +1,126 @@
+"""Training a codec from a manifest: pools, resuming after a kill, several workers, refusals."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from model.codec import Codec
+from model.codec_config import CodecError
+from pipeline import codec_training
+from pipeline.codec_training import TrainCodecConfig, train
+from pipeline.speech_pool import Augmentation, SpeechPool
+
+SMALL = dict(
+    name="tiny", filters=4, ratios=(5, 4, 4), dimension=8, lstm_layers=0, codebooks=2, codebook_size=16, batch=2,
+    segment=0.2, warmup=2, quantise_from=3, log_every=2, save_every=2, evaluate_every=100, tracking="none", threads=1,
+    device="cpu",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("corpus")
+    rng = np.random.default_rng(0)
+    rows = []
+    for number in range(6):
+        time = np.arange(24_000) / 24_000
+        wave = 0.1 * sum(np.sin(2 * np.pi * k * rng.uniform(90, 200) * time) / k for k in range(1, 9))
+        soundfile.write(folder / f"{number}.wav", wave + 0.003 * rng.standard_normal(len(time)), 24_000)
+        rows.append({"id": f"{number}", "audio": f"{number}.wav", "text": "a", "speaker": "s", "split": "train"})
+    rows[4]["split"] = "heldout"
+    rows.append({"id": "gone", "audio": "gone.wav", "text": "a", "speaker": "s", "split": "train"})
+    manifest = folder / "manifest.jsonl"
+    manifest.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    return manifest
+
+
+def settings(corpus: Path, folder: Path, **values) -> TrainCodecConfig:
+    return TrainCodecConfig(**({"data": str(corpus), "output": str(folder), "steps": 6} | SMALL | values))
+
+
+def test_cut_off_and_resumed_ends_in_the_same_weights(corpus: Path, tmp_path: Path, monkeypatch) -> None:
+    train(settings(corpus, tmp_path / "whole"))
+    steps = codec_training.SpeechPool.batch
+
+    def dies_at_step_5(pool, seed, step, *rest):
+        if step == 5:
+            raise KeyboardInterrupt
+        return steps(pool, seed, step, *rest)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(codec_training.SpeechPool, "batch", dies_at_step_5)
+        train(settings(corpus, tmp_path / "cut"))
+    train(settings(corpus, tmp_path / "cut"))
+    whole, cut = (Codec.load(tmp_path / name / "export") for name in ("whole", "cut"))
+    assert whole.identity == cut.identity
+    assert whole.encode([np.zeros(4000, np.float32)])[0].shape == (2, 50)
+
+
+def test_pools_leave_out_what_is_held_out_or_unusable(corpus: Path, tmp_path: Path) -> None:
+    codec_training.make_pools(settings(corpus, tmp_path))
+    facts = json.loads((tmp_path / "data.json").read_text())
+    assert facts["utterances"] == 4 and facts["valid_utterances"] == 1 and facts["rejects"] == {"missing-file": 1}
+    with pytest.raises(CodecError, match="another --output"):
+        codec_training.make_pools(settings(tmp_path / "other.jsonl", tmp_path))
+
+
+def test_what_a_run_tracks(corpus: Path, tmp_path: Path, tracking_uri: str) -> None:
+    import mlflow
+
+    train(settings(corpus, tmp_path / "run", tracking=tracking_uri))
+    train(settings(corpus, tmp_path / "run", tracking=tracking_uri, steps=8))
+    client = mlflow.MlflowClient(tracking_uri)
+    (run,) = client.search_runs([client.get_experiment_by_name("codec").experiment_id])
+    assert [m.step for m in client.get_metric_history(run.info.run_id, "mel")] == [2, 4, 6, 8]
+    assert run.data.metrics["valid.perplexity.1"] >= 1
+    assert {f.path for f in client.list_artifacts(run.info.run_id)} == {"listen", "spectrograms"}
+
+
+def test_two_ray_workers_share_one_codec(corpus: Path, tmp_path: Path, local_ray) -> None:
+    train(settings(corpus, tmp_path / "two", workers=2))
+    assert Codec.load(tmp_path / "two" / "export").identity.name == "tiny"
+    state = torch.load(tmp_path / "two" / "checkpoint.pt", weights_only=True)
+    assert state["step"] == 6
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ({"batch": 3, "workers": 2}, "workers"),
+        ({"segment": 0.001}, "two frames"),
+        ({"steps": 0}, "steps"),
+        ({"filters": 0}, "filters"),
+        ({"output": "s3://bucket/run"}, "mounted"),
+    ],
+)
+def test_impossible_settings_are_refused(corpus: Path, tmp_path: Path, values: dict, says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        settings(corpus, tmp_path, **values)
+
+
+def test_checkpoints_of_others_are_refused(corpus: Path, tmp_path: Path) -> None:
+    train(settings(corpus, tmp_path, steps=4))
+    with pytest.raises(CodecError, match="architecture"):
+        train(settings(corpus, tmp_path, filters=8))
+    (tmp_path / "checkpoint.pt").write_bytes(b"\x80\x04cos\nsystem\n")
+    with pytest.raises(CodecError, match="no checkpoint"):
+        train(settings(corpus, tmp_path))
+
+
+def test_batches_are_a_function_of_seed_step_and_worker() -> None:
+    rng = np.random.default_rng(0)
+    pool = SpeechPool((3000 * rng.standard_normal(90_000)).astype(np.int16), np.array([40_000, 41_000, 90_000]), 24_000)
+    always = Augmentation(speed=1, band=1, noise=1, room=1, second_voice=1)
+    for varied in (None, Augmentation(), always):
+        first = pool.batch(1, 7, 0, 3, 4800, varied)
+        assert first.shape == (3, 4800) and first.dtype == np.float32 and np.isfinite(first).all()
+        assert np.abs(first).max() <= 1
+        np.testing.assert_array_equal(first, pool.batch(1, 7, 0, 3, 4800, varied))
+        for other in ((2, 7, 0), (1, 8, 0), (1, 7, 1)):
+            assert not np.array_equal(first, pool.batch(*other, 3, 4800, varied))
