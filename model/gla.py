@@ -10,7 +10,6 @@ heads, d_v], states [batch, heads, d_k, d_v]. `gla` picks flash-linear-attention
 from __future__ import annotations
 
 import functools
-import importlib.util
 import warnings
 
 import torch
@@ -110,10 +109,12 @@ def _unpacked(cu_seqlens: torch.Tensor, total: int) -> tuple[torch.Tensor, torch
 @functools.cache
 def _kernels() -> bool:
     """Whether flash-linear-attention can be imported; says once what is lost if not."""
-    if importlib.util.find_spec("fla") is None or importlib.util.find_spec("triton") is None:
+    try:
+        import fla.ops.gla  # noqa: F401
+    except (ImportError, OSError) as error:  # OSError: a torchaudio built for another CUDA, which its imports reach
         warnings.warn(
-            "flash-linear-attention or triton is not installed: gated linear attention runs on the GPU without fused "
-            "kernels, several times slower; install the extra `train`",
+            f"flash-linear-attention cannot be imported ({error}): gated linear attention runs on the GPU without "
+            "fused kernels, several times slower; install the extra `train`",
             stacklevel=2,
         )
         return False

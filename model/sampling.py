@@ -38,9 +38,9 @@ class Policy:
             raise ModelError(f"sampling: temperature must be numbers from 0 to below 100, not {self.temperature!r}")
         if not self.top_k or any(isinstance(k, bool) or not isinstance(k, int) or k < 0 for k in self.top_k):
             raise ModelError(f"sampling: top_k must be whole numbers of at least 0, not {self.top_k!r}")
-        if not 0 <= self.min_frames <= self.max_frames:
+        if not 0 <= self.min_frames <= self.max_frames or self.max_frames < 1:
             raise ModelError(
-                f"sampling: 0 ≤ min_frames ≤ max_frames is not so for {self.min_frames} and {self.max_frames}"
+                f"sampling: 0 ≤ min_frames ≤ max_frames ≥ 1 is not so for {self.min_frames} and {self.max_frames}"
             )
 
     def of(self, codebook: int) -> tuple[float, int]:
@@ -171,26 +171,24 @@ def speak(
 
 
 def _speak(model: Lina, progress: Progress, policy: Policy) -> list[Speech]:
-    rows, codebooks = len(progress.tokens), model.config.codebooks
-    tokens: list[list[torch.Tensor]] = [[] for _ in range(rows)]
-    attentions: list[list[torch.Tensor]] = [[] for _ in range(rows)]
-    finished, present = [False] * rows, list(range(rows))
+    rows, extra = len(progress.tokens), model.config.codebooks - 1
     widths = progress.text.filled.sum(1).tolist()
-    while present:
+    present = torch.arange(rows, device=progress.tokens.device)
+    tokens, attentions = [], []
+    steps, finished = torch.zeros_like(progress.step), torch.zeros_like(progress.done)
+    while len(present):
         progress, attention = advance(model, progress, policy)
-        cut = progress.step - progress.prompt.lengths >= policy.max_frames + codebooks - 1
-        for place, row in enumerate(present):
-            tokens[row].append(progress.tokens[place])
-            attentions[row].append(attention[place, : widths[row]])
-        done = progress.done
-        for place in torch.nonzero(done).flatten().tolist():
-            finished[present[place]] = True
-        going = torch.nonzero(~(done | cut)).flatten()
+        tokens.append(progress.tokens.new_zeros(rows, extra + 1).index_copy(0, present, progress.tokens))
+        attentions.append(attention.new_zeros(rows, attention.shape[1]).index_copy(0, present, attention))
+        steps[present] += 1
+        finished[present] = progress.done
+        going = torch.nonzero(~progress.done & (steps[present] < policy.max_frames + extra)).flatten()
         if len(going) < len(present):
-            present = [present[place] for place in going.tolist()]
-            progress = taken(progress, going)
+            present, progress = present[going], taken(progress, going)
+    tokens, attentions = torch.stack(tokens, 1), torch.stack(attentions, 1)
     return [
-        Speech(undelayed(torch.stack(tokens[row])), finished[row], torch.stack(attentions[row])) for row in range(rows)
+        Speech(undelayed(tokens[row, :count]), ended, attentions[row, :count, : widths[row]])
+        for row, (count, ended) in enumerate(zip(steps.tolist(), finished.tolist(), strict=True))
     ]
 
 
