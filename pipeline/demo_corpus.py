@@ -8,9 +8,11 @@ the manifest, whose beginning can be used while the rest is being made, comes ou
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import io
 import itertools
 import json
+import re
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -58,7 +60,7 @@ class Line(NamedTuple):
     text: str
     speaker: Speaker
     split: str
-    """`train`; `valid` for every 20th sentence of a training voice; `heldout` for all of a voice kept aside."""
+    """`train`; `valid` for one sentence in 20 of a training voice; `heldout` for all of a voice kept aside."""
 
 
 def plan(config: DemoConfig) -> Iterator[Line]:
@@ -68,9 +70,10 @@ def plan(config: DemoConfig) -> Iterator[Line]:
     for number, text in enumerate(sentences(config.seed)):
         if seconds >= config.hours * 3600:
             return
-        speaker = voices[number % len(voices)]
-        turn = number // len(voices)
-        valid = speaker.split == "train" and turn % _VALID_EVERY == _VALID_EVERY - 1
+        turn, place = divmod(number, len(voices))
+        speaker = voices[place]
+        # Staggered over the speakers, so that a small corpus has some, too.
+        valid = speaker.split == "train" and (turn + 7 * place) % _VALID_EVERY == _VALID_EVERY // 2
         yield Line(f"demo-{number:07d}", text, speaker, "valid" if valid else speaker.split)
         seconds += (_SECONDS_A_TEXT + _SECONDS_A_CHARACTER * len(text)) / speaker.speed
 
@@ -122,11 +125,14 @@ def claim(config: DemoConfig) -> str:
     check(config.engine)
     output = storage.absolute(config.output)
     file = storage.join(output, "corpus.json")
+    # The first lines tell a corpus of another version of the texts or voices.
+    beginning = "".join(map(repr, itertools.islice(plan(config), 100)))
+    noted = {**config.recipe, "beginning": hashlib.sha256(beginning.encode()).hexdigest()[:16]}
     if not storage.exists(file):
-        storage.write_text(file, json.dumps(config.recipe, indent=1) + "\n")
+        storage.write_text(file, json.dumps(noted, indent=1) + "\n")
         return output
-    there, recipe = json.loads(storage.read_text(file)), config.recipe
-    differing = [f"{name} {there.get(name)}, not {recipe[name]}" for name in recipe if there.get(name) != recipe[name]]
+    there = json.loads(storage.read_text(file))
+    differing = [f"{name} {there.get(name)}, not {value}" for name, value in noted.items() if there.get(name) != value]
     if differing:
         raise DemoError(
             f"{output} holds a demo corpus with {'; '.join(differing)}: choose another --output, or remove that folder"
@@ -157,7 +163,7 @@ class BlockMaker:
         self.voices = Voices()
 
     def make(self, number: int, block: tuple[Line, ...]) -> tuple[int, list[dict[str, Any]]]:
-        """Writes each utterance's audio that is not there, then the rows of all: (block number, rows)."""
+        """Writes the audio of every utterance, then the rows of all: (block number, rows)."""
         rows = [self._utterance(line) for line in block]
         content = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         storage.write_text(storage.join(self.output, "blocks", f"{number:06d}.jsonl"), content)
@@ -225,7 +231,7 @@ def _totals(rows: list[dict[str, Any]]) -> dict[str, Any]:
         "seconds": round(sum(durations), 3),
         "shortest": min(durations, default=0.0),
         "longest": max(durations, default=0.0),
-        "words": len({word for row in rows for word in row["text"].lower().split()}),
+        "words": len({word for row in rows for word in re.findall(r"[\w'-]+", row["text"].lower())}),
         "speakers": voices,
     }
 
@@ -241,7 +247,8 @@ def card(config: DemoConfig, totals: dict[str, Any]) -> str:
     return f"""# Demo corpus
 
 Synthetic English speech: {totals["utterances"]} utterances, {totals["seconds"] / 60:.1f} minutes, {len(voices)}
-speakers; {totals["shortest"]:.1f} to {totals["longest"]:.1f} s each, 24 kHz mono FLAC. Nobody's voice was recorded.
+speakers, {totals["words"]} different words; {totals["shortest"]:.1f} to {totals["longest"]:.1f} s each, 24 kHz FLAC.
+Nobody's voice was recorded.
 
 Made by `python jobs/make_demo_corpus.py {recipe}`,
 which gives the same bytes again on the same kind of machine.

