@@ -202,9 +202,8 @@ def _resized(audio: np.ndarray, size: float) -> np.ndarray:
 
 def _envelope(log_spectrum: np.ndarray) -> np.ndarray:
     """[bins, frames] averaged over 180 Hz: without the ripple of the pitch it was made for, any pitch fits it."""
-    from scipy.ndimage import uniform_filter1d
-
-    return uniform_filter1d(log_spectrum, 9, axis=0)
+    padded = np.pad(log_spectrum, ((4, 4), (0, 0)), mode="edge")
+    return np.lib.stride_tricks.sliding_window_view(padded, 9, axis=0).mean(axis=-1)
 
 
 def _trimmed(audio: np.ndarray, margin: float = 0.12, fade: float = 0.01, floor_db: float = -38.0) -> np.ndarray:

@@ -206,7 +206,10 @@ def _needed(module: str) -> Any:
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        raise EvaluationError(f"evaluation needs {error.name}: pip install 'lina-ray[eval]'") from None
+        raise EvaluationError(
+            f"evaluation needs {error.name}: `make install-dev`, or pip install 'lina-ray[asr,eval]' and then "
+            "pip install --no-deps -r infra/nodeps-eval.txt"
+        ) from None
 
 
 @functools.cache
