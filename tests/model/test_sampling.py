@@ -33,9 +33,9 @@ SMALL = LinaConfig(
 FREE = Policy(temperature=(1.0,), top_k=(0,), max_frames=40)
 
 
-def network(mixer: str = "gla") -> Lina:
+def network(mixer: str = "gla", codebooks: int = 3) -> Lina:
     torch.manual_seed(0)
-    model = Lina(dataclasses.replace(SMALL, mixer=mixer)).double()
+    model = Lina(dataclasses.replace(SMALL, mixer=mixer, codebooks=codebooks)).double()
     # a head as of a trained model: sure of itself, not uniform
     torch.nn.init.normal_(model.heads.weight, std=0.3)
     return model
@@ -101,26 +101,28 @@ def test_rows_end_by_themselves_and_are_cut_at_the_limit() -> None:
 
 
 @pytest.mark.parametrize("mixer", ["gla", "attention"])
-def test_what_is_said_is_what_the_parallel_pass_finds_likeliest(mixer: str) -> None:
-    """Greedy speech, taken as training data, is the most likely token at each of its steps."""
-    model = network(mixer).eval()
-    phones, lengths = texts(4)
-    greedy = Policy(temperature=(0.0,), max_frames=30)
-    for row, speech in enumerate(speak(model, phones, lengths, greedy, [0] * 4)):
-        n = speech.codes.shape[1]
-        pick = slice(row, row + 1)
-        batch = Batch(phones[pick], lengths[pick], speech.codes[None], torch.tensor([n]))
-        logits = model(batch).logits[0].clone()
-        logits[..., :EOS] = -torch.inf
-        logits[:, 1:, :OFFSET] = -torch.inf
-        logits[0, 0, EOS] = -torch.inf
-        # speech that was cut went on in the first codebooks, where training data would have ended
-        known = n if speech.finished else n - 2
-        for codebook in range(3):
-            likeliest = logits[codebook : codebook + known, codebook].argmax(-1) - OFFSET
-            assert torch.equal(likeliest, speech.codes[codebook, :known])
-        if speech.finished:
-            assert logits[n, 0].argmax() == EOS
+@pytest.mark.parametrize("prompted", [0, 6])
+def test_what_is_said_is_drawn_from_what_the_parallel_pass_says(mixer: str, prompted: int) -> None:
+    """Prompt and speech, taken as training data, give at each step the distribution that was drawn from."""
+    model = network(mixer, codebooks=5).eval()
+    phones, lengths = texts(12)
+    codes = torch.randint(0, 8, (12, 5, prompted), generator=torch.Generator().manual_seed(2))
+    prompt = Prompt(codes, torch.full((12,), prompted))
+    said = speak(model, phones, lengths, FREE, range(12), None, prompt)
+    finished = [row for row in range(12) if said[row].finished]
+    assert len(finished) >= 3
+    for row in finished:
+        whole = torch.cat([codes[row], said[row].codes], 1)
+        frames, pick = whole.shape[1], slice(row, row + 1)
+        logits = model(Batch(phones[pick], lengths[pick], whole[None], torch.tensor([frames]))).logits[0]
+        for codebook in range(5):
+            steps = torch.arange(prompted, frames + (codebook == 0)) + codebook
+            possible = logits[steps, codebook].clone()
+            possible[:, : EOS if codebook == 0 else OFFSET] = -torch.inf
+            possible[0, EOS] = -torch.inf
+            drawn = _drawn(possible, 1.0, 0, torch.full_like(steps, row), (steps + 1) * 5 + codebook)
+            assert torch.equal(drawn[: frames - prompted] - OFFSET, whole[codebook, prompted:])
+            assert codebook or drawn[-1] == EOS
 
 
 @pytest.mark.parametrize("mixer", ["gla", "attention"])
