@@ -22,8 +22,11 @@ ENCODEC_URL = "https://dl.fbaipublicfiles.com/encodec/v0/encodec_24khz-d7cc33bc.
 ENCODEC_SHA256 = "d7cc33bc"
 """How the sha256 of EnCodec's published file starts: the file's name says it."""
 
+NAMES = ("encodec_24khz", "demo")
+"""Codecs that are known by name; every other one is a folder."""
+
 DEMO_FOLDER = Path(__file__).parent.parent / "model" / "weights" / "codec-demo"
-DEMO_DIGEST: str | None = None
+DEMO_DIGEST = "0aa83d086a9aeaa77db509d2e727ab8d75f5296ed2177eca51e65c9c2ae58c0b"
 """sha256 of the weights in `DEMO_FOLDER`; changes with every retraining."""
 
 

@@ -19,7 +19,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from infra import storage
-from pipeline import lengths, planning, shards
+from pipeline import codec_weights, lengths, planning, shards
 from pipeline.manifests import Manifest, open_manifest
 from pipeline.plan import Plan, PlanError, differences, read_rows
 from pipeline.stages import Collect, Decode, Encode, Job, Transcribe, Write
@@ -75,7 +75,8 @@ def make_plan(
         _require_same(existing, config, codec, fingerprint)
         return dataclasses.replace(existing, audio_base=base)
     items = lengths.with_lengths(iter(manifest), config, find_speech)
-    plan = Plan(identity(config), codec.identity.to_dict(), config.codec, fingerprint, base, {})
+    source = config.codec if config.codec in codec_weights.NAMES else storage.absolute(config.codec)
+    plan = Plan(identity(config), codec.identity.to_dict(), source, fingerprint, base, {})
     output = None if dry_run else config.output
     round_, rejects = planning.make_round(items, config, _sizes(plan), "plan.parquet", 0, output, progress)
     plan = dataclasses.replace(plan, rejects=rejects).with_round(round_)
