@@ -183,7 +183,9 @@ def _effective(conv: nn.Module) -> torch.Tensor:
 
 def _assign(conv: nn.Module, weight: torch.Tensor) -> None:
     if hasattr(conv, "weight_g"):
-        conv.weight_v.copy_(weight)
-        conv.weight_g.copy_(torch.linalg.vector_norm(weight.flatten(1), dim=1).view_as(conv.weight_g))
+        # Rows of zeros keep a direction, so that they stay finite and can be learnt
+        size = torch.linalg.vector_norm(weight.flatten(1), dim=1).view_as(conv.weight_g)
+        conv.weight_v.copy_(torch.where(size > 0, weight, conv.weight_v))
+        conv.weight_g.copy_(size)
     else:
         conv.weight.copy_(weight)

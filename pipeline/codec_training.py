@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 CHECKPOINT, EXPORT = "checkpoint.pt", "export"
 _HELD_OUT = ("heldout", "test")
 """Values of a manifest's `split` column that are never trained on."""
+STARTING = Augmentation(noise=0.05, room=0.05, second_voice=0.0, lowest_level=-14.0)
+"""How the speech is varied from which codebooks start before any training."""
 _MAX_SKIPPED = 20
 """Steps in a row without finite gradients after which a run stops."""
 
@@ -59,7 +61,7 @@ class TrainCodecConfig:
     bias_rate: float = option(0.02, "share of the learning rate for biases; without the transform start, 1")
     warmup: int = option(200, "steps to the full learning rate")
     cooldown: float = option(0.3, "share of the steps, at the end, in which the learning rate falls")
-    quantise_from: int = option(500, "step at which the codebooks start")
+    quantise_from: int = option(500, "step at which the codebooks start; 0: from latents of the untrained networks")
     mel_weight: float = option(1.0, "share of the mel loss in the gradient")
     time_weight: float = option(0.5, "share of the waveform's loss")
     adversarial_from: int = option(0, "step from which the discriminator judges; 0 trains without one")
@@ -75,7 +77,9 @@ class TrainCodecConfig:
 
     def __post_init__(self) -> None:
         self.codec()
-        for field in ("steps", "batch", "warmup", "workers", "log_every", "save_every", "evaluate_every"):
+        if self.steps < 0:
+            raise ValueError(f"steps must not be negative, not {self.steps}")
+        for field in ("batch", "warmup", "workers", "log_every", "save_every", "evaluate_every"):
             if getattr(self, field) < 1:
                 raise ValueError(f"{field} must be at least 1, not {getattr(self, field)}")
         if self.batch % self.workers:
@@ -218,6 +222,9 @@ def _loop(
 ) -> dict[str, float]:
     import torch
 
+    if trainer.step_number == 0 and config.quantise_from == 0 and not trainer.quantiser.started:
+        # Every worker remembers the same latents, so that their codebooks start equal
+        trainer.prime(torch.from_numpy(pool.batch(config.seed, n, 0, 8, config.samples, STARTING)) for n in range(56))
     log = _Log(config)
     skipped = 0
     while trainer.step_number < config.steps:
@@ -249,6 +256,9 @@ def _loop(
             save_checkpoint(trainer, output)
         if trainer.quantiser.started and (step % config.evaluate_every == 0 or last):
             run.log_metrics(validate(trainer, output, run), step)
+    if rank == 0 and trainer.step_number >= config.steps and trainer.quantiser.started:
+        save_checkpoint(trainer, output)
+        export(trainer, output)
     return log.latest
 
 

@@ -8,6 +8,7 @@ gradients and codebook statistics are averaged, so all of them hold the same wei
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -133,6 +134,14 @@ class CodecTrainer:
             logged["perplexity"] = perplexity(quantised.codes[:, 0], self.config.codebook_size)
             logged["distortion"] = float(quantised.commitment.detach() / latent.detach().pow(2).mean())
         return logged
+
+    @torch.no_grad()
+    def prime(self, batches: Iterable[torch.Tensor]) -> None:
+        """Starts the codebooks before the first step, from audio [batch, samples] through the networks as they are."""
+        self.networks.eval()
+        for audio in batches:
+            self.quantiser.remember(self.networks["encoder"](audio.to(self.device).unsqueeze(1)))
+        self.quantiser.start(self.generator)
 
     @property
     def adversarial(self) -> bool:

@@ -62,6 +62,14 @@ def test_cut_off_and_resumed_ends_in_the_same_weights(corpus: Path, tmp_path: Pa
     assert whole.encode([np.zeros(4000, np.float32)])[0].shape == (2, 50)
 
 
+def test_codebooks_can_start_without_a_step(corpus: Path, tmp_path: Path) -> None:
+    train(settings(corpus, tmp_path, steps=0, quantise_from=0))
+    codec = Codec.load(tmp_path / "export")
+    wave = 0.2 * np.sin(np.arange(8000) / 20).astype(np.float32)
+    assert len(np.unique(codec.encode([wave])[0][0])) > 3
+    assert train(settings(corpus, tmp_path, steps=2, quantise_from=0))["mel"] > 0
+
+
 def test_pools_leave_out_what_is_held_out_or_unusable(corpus: Path, tmp_path: Path) -> None:
     codec_training.make_pools(settings(corpus, tmp_path))
     facts = json.loads((tmp_path / "data.json").read_text())
@@ -94,7 +102,7 @@ def test_two_ray_workers_share_one_codec(corpus: Path, tmp_path: Path, local_ray
     [
         ({"batch": 3, "workers": 2}, "workers"),
         ({"segment": 0.001}, "two frames"),
-        ({"steps": 0}, "steps"),
+        ({"steps": -1}, "steps"),
         ({"filters": 0}, "filters"),
         ({"output": "s3://bucket/run"}, "mounted"),
     ],

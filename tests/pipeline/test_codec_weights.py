@@ -1,0 +1,107 @@
+"""Where codecs come from: the embedded one is pinned, others are checked, and nothing is ever guessed."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from model.codec import CONFIG_FILE, WEIGHTS_FILE, Codec, read_config
+from model.codec_config import CodecConfig, CodecError
+from pipeline import codec_weights
+from pipeline.codec_weights import DEMO_DIGEST, DEMO_FOLDER, resolve
+
+
+def test_the_embedded_codec_codes_a_tone() -> None:
+    found = resolve("demo")
+    assert found.identity.digest == DEMO_DIGEST and found.identity.name == "codec-demo"
+    assert 4 <= found.identity.codebooks <= 8 and found.identity.frame_rate <= 75
+    assert len(found.weights) <= 12_000_000
+    wave = (0.2 * np.sin(2 * np.pi * 220 * np.arange(24_000) / 24_000)).astype(np.float32)
+    codec = found.build()
+    decoded = codec.decode(codec.encode([wave]))[0][:24_000]
+    error = float(((decoded - wave) ** 2).sum() / (wave**2).sum())
+    assert error < 0.5  # a codec that has learnt nothing gives 1 or more
+
+
+def test_a_changed_embedded_codec_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = bytearray((DEMO_FOLDER / WEIGHTS_FILE).read_bytes())
+    weights[-1] ^= 1
+    (tmp_path / WEIGHTS_FILE).write_bytes(bytes(weights))
+    (tmp_path / CONFIG_FILE).write_bytes((DEMO_FOLDER / CONFIG_FILE).read_bytes())
+    monkeypatch.setattr(codec_weights, "DEMO_FOLDER", tmp_path)
+    with pytest.raises(CodecError, match="sha256"):
+        resolve("demo")
+
+
+def test_a_folder_on_any_storage(tmp_path: Path) -> None:
+    import fsspec
+
+    codec = Codec.random(CodecConfig("small", filters=2, dimension=8, lstm_layers=0, codebooks=2, codebook_size=16))
+    codec.save(tmp_path)
+    memory = fsspec.filesystem("memory")
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        memory.pipe_file(f"/codecs/small/{name}", (tmp_path / name).read_bytes())
+    assert resolve(str(tmp_path)).identity == resolve("memory://codecs/small").identity == codec.identity
+
+
+def test_no_weights_name_both_ways_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LINA_RAY_CACHE", str(tmp_path))
+    monkeypatch.setattr(codec_weights, "ENCODEC_URL", f"file://{tmp_path}/absent/encodec_24khz-d7cc33bc.th")
+    with pytest.raises(CodecError, match=r"--codec-weights PATH\|URL.*--codec demo"):
+        resolve()
+
+
+def test_downloaded_once_and_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A state dict of the published sizes stands in for the published file, with its own digest expected."""
+    from model.codec import build_networks, codebook_name
+    from model.codec_config import ENCODEC_24KHZ
+
+    encoder, decoder = build_networks(ENCODEC_24KHZ, "weight_norm")
+    state = {f"encoder.{k}": v for k, v in encoder.state_dict().items()}
+    state |= {f"decoder.{k}": v for k, v in decoder.state_dict().items()}
+    state |= {codebook_name(level): torch.randn(1024, 128) for level in range(32)}
+    published = tmp_path / "published" / "encodec.th"
+    published.parent.mkdir()
+    torch.save(state, published)
+    monkeypatch.setattr(codec_weights, "ENCODEC_SHA256", hashlib.sha256(published.read_bytes()).hexdigest()[:8])
+    monkeypatch.setattr(codec_weights, "ENCODEC_URL", f"file://{published}")
+    monkeypatch.setenv("LINA_RAY_CACHE", str(tmp_path / "cache"))
+    first = resolve()
+    published.unlink()
+    assert resolve().identity == first.identity and first.identity.codebooks == 32
+    (tmp_path / "cache" / "encodec.th").write_bytes(b"damaged")
+    with pytest.raises(CodecError, match="delete it"):
+        resolve()
+
+
+def test_what_is_no_weights_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "encodec.th"
+    file.write_bytes(b"\x80\x04cos\nsystem\n(S'true'\ntR.")
+    with pytest.raises(CodecError, match="sha256"):
+        resolve("encodec_24khz", str(file))
+    monkeypatch.setattr(codec_weights, "ENCODEC_SHA256", hashlib.sha256(file.read_bytes()).hexdigest()[:8])
+    with pytest.raises(CodecError, match="no state dict"):
+        resolve("encodec_24khz", str(file))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("nonsense",), "unknown codec"),
+        (("demo", "x.th"), "goes with --codec encodec_24khz"),
+        (("./no/such/folder",), "cannot be read"),
+        (("encodec_24khz", "/no/such/file.th"), "cannot be read"),
+    ],
+)
+def test_what_cannot_be_found_says_so(arguments: tuple, says: str) -> None:
+    with pytest.raises(CodecError, match=says):
+        resolve(*arguments)
+
+
+def test_the_embedded_configuration_is_readable() -> None:
+    config = read_config((DEMO_FOLDER / CONFIG_FILE).read_bytes())
+    assert config.hop == 24_000 / config.frame_rate
