@@ -8,6 +8,7 @@ little, and the interval shows how little. Differences to the original are resam
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 import time
 from collections.abc import Callable, Sequence
@@ -150,7 +151,7 @@ def compare(
     scores: dict[str, list[_Scores]] = {name: [] for name in (ORIGINAL, *systems)}
     for done, clip in enumerate(clips, 1):
         original = np.asarray(clip.samples, np.float32)
-        voice = measures.voice_print(original, clip.rate)
+        voice = _voice(original, clip.rate)
         for name in scores:
             recording = original if name == ORIGINAL else systems[name](original, clip.rate)[: len(original)]
             scores[name].append(_scores(clip, original, voice, recording, recogniser))
@@ -226,7 +227,7 @@ class _Through:
 
 
 def _scores(
-    clip: Clip, original: np.ndarray, voice: np.ndarray, recording: np.ndarray, recogniser: Recogniser
+    clip: Clip, original: np.ndarray, voice: np.ndarray | None, recording: np.ndarray, recogniser: Recogniser
 ) -> _Scores:
     rate = clip.rate
     errors = measures.count_errors(clip.text, recogniser(recording, rate)) if clip.text.strip() else None
@@ -241,12 +242,19 @@ def _scores(
     )
 
 
-def _likeness(voice: np.ndarray, recording: np.ndarray, rate: int) -> float:
-    """Similarity to a voice print; 0 where no voice is left in the recording."""
+def _voice(recording: np.ndarray, rate: int) -> np.ndarray | None:
     try:
-        return measures.similarity(voice, measures.voice_print(recording, rate))
+        return measures.voice_print(recording, rate)
     except measures.NoVoice:
-        return 0.0
+        return None
+
+
+def _likeness(voice: np.ndarray | None, recording: np.ndarray, rate: int) -> float:
+    """Similarity to a voice print: 0 where no voice is left in the recording, NaN where there was none before."""
+    if voice is None:
+        return math.nan
+    other = _voice(recording, rate)
+    return 0.0 if other is None else measures.similarity(voice, other)
 
 
 def _figures(scores: list[_Scores], originals: list[_Scores], is_original: bool) -> dict[str, Figure]:
@@ -261,7 +269,8 @@ def _figures(scores: list[_Scores], originals: list[_Scores], is_original: bool)
     compared = ("mos", "dnsmos") if is_original else ("similarity", "stoi", "mel", "mos", "dnsmos", "clicks")
     for name in compared:
         values = np.array([getattr(score, name) for score in scores], dtype=np.float64)
-        figures[name] = interval(values, np.ones(len(values)))
+        if len(values := values[~np.isnan(values)]):
+            figures[name] = interval(values, np.ones(len(values)))
     return figures
 
 

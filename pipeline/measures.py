@@ -11,6 +11,7 @@ import functools
 import importlib
 import io
 import math
+import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -86,10 +87,20 @@ def similarity(first: np.ndarray, second: np.ndarray) -> float:
 
 
 def intelligibility(reference: np.ndarray, degraded: np.ndarray, rate: int) -> float:
-    """STOI of `degraded` against `reference`, float32 [time] each, aligned in time; 1: as intelligible (Taal 2011)."""
+    """STOI of `degraded` against `reference`, float32 [time] each, aligned in time; 1: as intelligible (Taal 2011).
+
+    It compares stretches of 0.4 s; NaN where there is less speech than that.
+    """
     pystoi = _needed("pystoi")
     length = min(len(reference), len(degraded))
-    return float(pystoi.stoi(reference[:length], degraded[:length], rate))
+    if length < 0.4 * rate:
+        return math.nan
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "Not enough STFT frames", RuntimeWarning)
+        try:
+            return float(pystoi.stoi(reference[:length], degraded[:length], rate))
+        except RuntimeWarning:
+            return math.nan
 
 
 def predicted_mos(samples: np.ndarray, rate: int) -> float:

@@ -93,6 +93,14 @@ def test_more_noise_is_worse_by_every_measure(clips: list[Clip]) -> None:
     assert measures.mel_distance(clean, clean, RATE) == 0.0
 
 
+def test_a_clip_too_short_to_judge_is_left_out_not_counted_as_bad(clips: list[Clip]) -> None:
+    short = Clip("short", clips[0].samples[RATE : RATE + RATE // 8], RATE, "")
+    assert np.isnan(measures.intelligibility(short.samples, short.samples, RATE))
+    _, same = compare([short, clips[0]], {"same": lambda samples, rate: samples}, heard_nothing)
+    assert same.figures["stoi"].value == pytest.approx(1.0, abs=1e-6)
+    assert same.figures["similarity"].value == pytest.approx(1.0, abs=1e-6)
+
+
 @given(st.sampled_from([100.0, 440.0, 2000.0, 7000.0]), st.sampled_from([8000, 16000, 24000, 44100]))
 def test_a_tone_is_where_it_belongs_on_the_mel_scale(frequency: float, rate: int) -> None:
     if frequency > rate * 0.4:
