@@ -279,7 +279,8 @@ def _codec_resources(config: TokenizeConfig, batches: int) -> dict[str, Any]:
         fits = int(resources.get("GPU", 0) / config.codec_gpus)
         demand = {"num_gpus": config.codec_gpus, "num_cpus": config.decode_cpus}
     else:
-        # Two decoding tasks' worth of CPU stays free, or nothing would ever reach the codec.
+        # Two decoding tasks' worth of CPU stays free, or nothing would ever reach the codec. The same holds on what a
+        # lost node leaves: a CPU has room for a codec actor, a decoding task and Collect.
         fits = int((resources.get("CPU", 1) - 2 * config.decode_cpus) / config.codec_cpus)
         demand = {"num_cpus": config.codec_cpus}
     most = max(1, min(config.codec_actors or fits, batches))

@@ -49,7 +49,9 @@ class TokenizeConfig:
     max_reject_fraction: float = option(0.05, "the job ends with exit code 3 if a larger share was rejected")
 
     codec_actors: int | None = option(None, "codec actors at most (default: what the cluster's GPUs or CPUs allow)")
-    codec_cpus: float = option(0.75, "CPUs that a codec actor reserves; below its threads, so that decoding has room")
+    codec_cpus: float = option(
+        0.7, "CPUs that a codec actor reserves; with decode_cpus at most 1, for one CPU to do both"
+    )
     codec_gpus: float = option(1.0, "GPUs that a codec actor reserves on --device cuda")
     decode_cpus: float = option(0.25, "CPUs that a task reserves that decodes, resamples and phonemises a batch")
     transcribe_actors: int = option(1, "actors that transcribe")
