@@ -6,7 +6,7 @@
 Rows: (a) encodec as its README shows it, an utterance at a time at 6 kbit/s; (b) our encoder, one worker, nothing else;
 (c) the whole job on Ray: reading, resampling, phonemes, encoding, shards. The rate of (c) is that of its last three
 quarters, when every process has loaded what it needs; the rate from the first codec batch on stands beside it. Weights
-are EnCodec's where they are at hand (`--codec-weights`), else random ones of the same sizes, whose codes have nearer ties.
+are EnCodec's where they are at hand (`--codec-weights`), else random ones of its sizes, whose codes have nearer ties.
 """
 
 import os
