@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import logging
-from collections.abc import Iterator
 from typing import Any
 
 import fsspec
@@ -14,29 +12,13 @@ import pytest
 from pipeline.manifests import ManifestError, open_manifest
 from pipeline.utterances import Reject, Utterance
 
-BUCKET = "speech"
+BUCKET = "lina"
 
 
 @pytest.fixture(scope="module")
-def s3() -> Iterator[Any]:
+def s3(bucket: str) -> Any:
     """The file system of a fresh server with one bucket."""
-    from moto.server import ThreadedMotoServer
-
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-        patch.setenv("AWS_ACCESS_KEY_ID", "test")
-        patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
-        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        fsspec.get_filesystem_class("s3").clear_instance_cache()
-        fs = fsspec.filesystem("s3")
-        fs.mkdir(BUCKET)
-        yield fs
-        fsspec.get_filesystem_class("s3").clear_instance_cache()
-    server.stop()
+    return fsspec.filesystem("s3")
 
 
 def lines(*rows: dict[str, Any]) -> bytes:

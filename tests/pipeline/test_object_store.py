@@ -14,24 +14,6 @@ from tests.corpora import write_codec, write_corpus
 
 
 @pytest.fixture(scope="module")
-def bucket():
-    import boto3
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-        patch.setenv("AWS_ACCESS_KEY_ID", "testing")
-        patch.setenv("AWS_SECRET_ACCESS_KEY", "testing")
-        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        boto3.client("s3").create_bucket(Bucket="speech")
-        yield "s3://speech"
-    server.stop()
-
-
-@pytest.fixture(scope="module")
 def ray_that_knows_the_bucket(bucket, request):
     request.getfixturevalue("local_ray")  # after the bucket: workers inherit its address
 
