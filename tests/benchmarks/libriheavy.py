@@ -8,6 +8,12 @@ printed, and as recognised) and 1,000 characters before it twice, so that neighb
 
 from __future__ import annotations
 
+import os
+import sys
+
+if __name__ == "__main__":  # this folder has a file with the name of a module of the standard library
+    sys.path[0] = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
 import argparse
 from collections.abc import Iterator
 from pathlib import Path
