@@ -156,10 +156,15 @@ def causal_block(config: LinaConfig) -> CausalBlock:
 def position_block(config: LinaConfig) -> CausalBlock:
     """The position network of the cross-attention: a GLA block, its keys and values in the model's proportions."""
     width = config.position_width
-    unit = config.heads
-    key_width = max(unit, width * config.key_width // config.width // unit * unit)
-    value_width = max(unit, width * config.value_width // config.width // unit * unit)
-    return CausalBlock(width, gla_mixer(config, width, key_width, value_width), config.dropout)
+    return CausalBlock(width, gla_mixer(config, width, *position_widths(config)), config.dropout)
+
+
+def position_widths(config: LinaConfig) -> tuple[int, int]:
+    """Of the position network's keys and of its values."""
+    unit, width = config.heads, config.position_width
+    scaled = (width * inner // config.width // unit * unit for inner in (config.key_width, config.value_width))
+    key_width, value_width = (max(unit, inner) for inner in scaled)
+    return key_width, value_width
 
 
 def parameters(module: nn.Module) -> int:
