@@ -1,0 +1,72 @@
+"""Token datasets that tests make for themselves: finished ones on any URL, and indexes that exist in memory only."""
+
+from __future__ import annotations
+
+import json
+import zlib
+
+import numpy as np
+
+from infra import storage
+from pipeline import shards
+from pipeline.token_index import COLUMNS, ShardFile, TokenIndex
+
+CODEC = {
+    "name": "tests",
+    "digest": "c" * 64,
+    "sample_rate": 24_000,
+    "frame_rate": 75.0,
+    "codebooks": 8,
+    "codebook_size": 1024,
+}
+PHONES = "HH AH0 L OW1 <space> W ER1 L D .".split()
+
+
+def index_of(frames: list[list[int]], speakers: int = 3) -> TokenIndex:
+    """An index of samples of given lengths, by shard; there are no files behind it."""
+    flat = np.array([n for shard in frames for n in shard], dtype=np.int64)
+    columns = {
+        "offset": np.zeros(len(flat)),
+        "size": np.full(len(flat), 1536),
+        "frames": flat,
+        "phones": flat // 7,
+        "speaker": np.arange(len(flat)) % speakers,
+        "key_sum": [zlib.crc32(b"%d" % row) for row in range(len(flat))],
+    }
+    return TokenIndex(
+        digest="d" * 64,
+        codec=CODEC,
+        codebooks=8,
+        shards=tuple(ShardFile(f"shards/{n:06d}.tar", 1, "0" * 64, len(shard)) for n, shard in enumerate(frames)),
+        speakers=tuple(f"s{n}" for n in range(speakers)),
+        columns={name: np.asarray(columns[name]).astype(kind) for name, kind in COLUMNS.items()},
+        rows=np.arange(len(flat), dtype=np.int32),
+    )
+
+
+def samples_of(number: int, count: int, codebooks: int = 8) -> list[shards.Sample]:
+    """Samples of shard `number`, of 20 to 120 frames of random codes, in the order of their keys."""
+    random = np.random.default_rng(number)
+    made = []
+    for place in range(count):
+        frames = int(random.integers(20, 120))
+        codes = random.integers(0, 1024, (codebooks, frames)).astype(np.uint16)
+        key = f"spk{place % 4}/{number}-{place:03d}"
+        meta = {"id": key, "speaker": f"spk{place % 4}", "seconds": frames / 75}
+        made.append(shards.Sample(key, codes, " ".join(PHONES[: 1 + place % len(PHONES)]), meta))
+    return sorted(made, key=lambda sample: sample.key)
+
+
+def write_dataset(url: str, counts: tuple[int, ...], codec: dict | None = None) -> list[shards.Sample]:
+    """A finished dataset with so many samples in each shard; returns them in the order of the index."""
+    facts = {"plan": "0" * 64, "codec": codec or CODEC, "versions": {}}
+    samples, listed = [], []
+    for number, count in enumerate(counts):
+        made = samples_of(number, count)
+        sidecar = shards.write_shard(url, number, made, [], facts)
+        samples += made
+        entry = {"url": f"shards/{number:06d}.tar", "nsamples": count, "filesize": sidecar["bytes"]}
+        listed += [entry | {"sha256": sidecar["sha256"]}] if count else []
+    summary = {"digest": f"{zlib.crc32(repr(counts).encode()):064x}", "codec": codec or CODEC, "codebooks": 8}
+    storage.write_text(storage.join(url, "dataset.json"), json.dumps(summary | {"shardlist": listed}))
+    return samples
