@@ -11,6 +11,8 @@ from pathlib import Path
 import hypothesis
 import pytest
 
+from tests import ray_sessions
+
 # Before anything imports ray: no token file in HOME, no listener outside this machine, nothing reported to anybody.
 os.environ.update(
     RAY_AUTH_MODE="disabled",
@@ -97,7 +99,7 @@ def local_ray() -> Iterator[None]:
     try:
         yield
     finally:
-        ray.shutdown()
+        ray_sessions.end()
         shutil.rmtree(folder, ignore_errors=True)
 
 
