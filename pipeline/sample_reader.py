@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import tarfile
 import time
 import zlib
 from collections.abc import Iterator
@@ -117,7 +116,7 @@ class SampleReader:
             raise ValueError(f"the shard ends {size - len(data)} bytes too early")
         try:
             found = list(shards.read_samples(data))
-        except (tarfile.TarError, EOFError, SyntaxError, MemoryError, OverflowError, KeyError, TypeError) as error:
+        except Exception as error:  # tar, NumPy and JSON parsers fail on damaged bytes in more ways than they document
             raise ValueError(f"damaged: {error!r}") from None
         if len(found) != 1 or zlib.crc32(found[0].key.encode("utf-8")) != int(self.index.columns["key_sum"][row]):
             raise ValueError(f"found {[sample.key for sample in found]} where the index has another sample")

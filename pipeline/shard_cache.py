@@ -44,12 +44,14 @@ class ShardCache:
                 os.utime(path)  # file systems may not keep times of access
                 return storage.read_range(path, start, stop)
             except FileNotFoundError:
-                self._load(shard, path)
+                if (data := self._load(shard, path, start, stop)) is not None:
+                    return data
 
-    def _load(self, shard: ShardFile, path: str) -> None:
+    def _load(self, shard: ShardFile, path: str, start: int, stop: int) -> bytes | None:
+        """Puts a shard into the folder, and gives the bytes asked for; None if somebody else has put it there."""
         with locked(os.path.join(self.folder, f"lock-{int(shard.sha256[:8], 16) % _LOCKS:02d}")):
             if os.path.exists(path):
-                return
+                return None
             temporary = f"{path}.part-{uuid.uuid4().hex[:8]}"
             try:
                 fs, remote = storage.filesystem(shard.url)
@@ -57,23 +59,23 @@ class ShardCache:
                 size = os.path.getsize(temporary)
                 if size != shard.bytes:
                     raise DamagedShard(f"it has {size} bytes instead of {shard.bytes}")
+                data = storage.read_range(temporary, start, stop)  # now: others may soon crowd it out again
                 os.replace(temporary, path)
             finally:
                 if os.path.exists(temporary):
                     os.unlink(temporary)
-        with locked(os.path.join(self.folder, "lock-evict")):
-            self._evict(path)
+        self._evict(path)
+        return data
 
     def _evict(self, newest: str) -> None:
-        files = []
-        with os.scandir(self.folder) as entries:
-            for entry in entries:
-                if entry.name.endswith(".tar") and entry.path != newest:
-                    status = entry.stat()
-                    files.append((status.st_mtime_ns, status.st_size, entry.path))
-        total = sum(size for _, size, _ in files) + os.path.getsize(newest)
-        for _, size, path in sorted(files):
-            if total <= self.limit_bytes:
-                return
-            os.unlink(path)
-            total -= size
+        """Removes what was not used for longest until the rest is within the limit."""
+        with locked(os.path.join(self.folder, "lock-evict")):
+            with os.scandir(self.folder) as entries:
+                tars = [(entry.stat(), entry.path) for entry in entries if entry.name.endswith(".tar")]
+            total = sum(status.st_size for status, _ in tars)
+            for status, path in sorted(tars, key=lambda tar: tar[0].st_mtime_ns):
+                if total <= self.limit_bytes:
+                    return
+                if path != newest:
+                    os.unlink(path)
+                    total -= status.st_size

@@ -9,6 +9,8 @@ import numpy as np
 
 from infra import storage
 from pipeline import shards
+from pipeline.sample_reader import SampleReader
+from pipeline.shard_cache import ShardCache
 from pipeline.token_index import COLUMNS, ShardFile, TokenIndex
 
 CODEC = {
@@ -70,3 +72,14 @@ def write_dataset(url: str, counts: tuple[int, ...], codec: dict | None = None) 
     summary = {"digest": f"{zlib.crc32(repr(counts).encode()):064x}", "codec": codec or CODEC, "codebooks": 8}
     storage.write_text(storage.join(url, "dataset.json"), json.dumps(summary | {"shardlist": listed}))
     return samples
+
+
+def read_all(url: str, cache: str, seed: int, results) -> None:
+    """In a process of its own: reads every sample twice, in any order, through a cache for less than two shards."""
+    index = TokenIndex.open(url, cache=cache)
+    reader = SampleReader(index, ShardCache(cache, 60_000))
+    wrong = 0
+    for row in np.random.default_rng(seed).permutation(len(index)).tolist() * 2:
+        good, _ = reader.read(np.array([row]))
+        wrong += row not in good
+    results.put((seed, wrong, len(index)))
