@@ -138,6 +138,35 @@ def test_the_empty_marker_is_something_the_network_can_read():
     assert torch.isfinite(output.loss) and all(torch.isfinite(p.grad).all() for p in model.parameters())
 
 
+def test_neighbours_are_read_at_once(dataset, monkeypatch):
+    folder, samples = dataset
+    reader, read, asked = SampleReader(TokenIndex.open(folder)), storage.read_range, []
+    monkeypatch.setattr(storage, "read_range", lambda *span: asked.append(span) or read(*span))
+    good, _ = reader.read(np.array([16, 2, 0, 1, 14, 17]))
+    assert len(asked) == 2 and sorted(good) == [0, 1, 2, 14, 16, 17]
+    assert all(np.array_equal(good[row].codes, samples[row].codes) for row in good)
+    offset, size = (reader.index.columns[name] for name in ("offset", "size"))
+    assert asked[0] == (reader.index.shards[0].url, 0, int(offset[2] + size[2]))
+
+
+def test_storage_that_fails_is_asked_again(dataset, monkeypatch):
+    read, failures = storage.read_range, [OSError("timed out"), OSError("reset")]
+
+    def flaky(*span):
+        if failures:
+            raise failures.pop()
+        return read(*span)
+
+    monkeypatch.setattr(storage, "read_range", flaky)
+    monkeypatch.setattr("pipeline.sample_reader._PAUSES", (0, 0))
+    reader = SampleReader(TokenIndex.open(dataset[0]))
+    good, bad = reader.read(np.array([0]))
+    assert good and not bad
+    failures += [OSError("timed out")] * 3
+    assert reader.read(np.array([0]))[1][0].reason == "timed out"
+    assert reader.read(np.array([0]))[0], "a failure of the storage is not held against the shard"
+
+
 # Damage.
 
 
