@@ -212,6 +212,22 @@ class Run:
         given = [DatasetInput(data, [InputTag("mlflow.data.context", context)])]
         self._attempt("inputs", lambda: self._client.log_inputs(self.run_id, datasets=given))
 
+    def register_model(self, name: str, artifact: str, tags: Mapping[str, str]) -> None:
+        """A new version, in the registry, of the model `name`: what lies under `artifact` of this run's artefacts."""
+
+        def send() -> None:
+            from mlflow.exceptions import MlflowException
+
+            try:
+                self._client.create_registered_model(name)
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                    raise
+            source = f"{self._client.get_run(self.run_id).info.artifact_uri}/{artifact}"
+            self._client.create_model_version(name, source, run_id=self.run_id, tags=dict(tags))
+
+        self._attempt("models", send)
+
     def close(self, status: str) -> None:
         """Sends what waits and ends the run as `status` (FINISHED, FAILED, KILLED)."""
         if not self._client:

@@ -21,7 +21,7 @@ class PretrainConfig:
     """From token shards to a model."""
 
     data: str = option("data/demo/tokens", "dataset that jobs/tokenize.py made")
-    output: str = option("out/pretrain", "folder that all nodes share, or an fsspec URL, for checkpoints and the export")
+    output: str = option("out/pretrain", "folder that all nodes share, or an fsspec URL: checkpoints, export")
     name: str = option("demo", "name of the run and of the model in MLflow's registry")
     model: str = option("tiny", f"{', '.join(PRESETS)}, or a JSON file of sizes (fields of LinaConfig)")
     codebooks: int = option(4, "codebooks that are modelled, the first ones of the dataset's")
@@ -108,6 +108,13 @@ class PretrainConfig:
         if stage not in (0, 1, 2, 3):
             raise ValueError(f"zero: {file} asks for stage {stage!r}; there are 0 to 3")
         return options
+
+    @property
+    def cache_folder(self) -> str:
+        """Where a remote dataset's shards and its index are kept on this machine."""
+        from pipeline.codec_weights import cache_folder
+
+        return self.cache or str(cache_folder() / "tokens")
 
     @property
     def zero_stage(self) -> int:

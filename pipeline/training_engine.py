@@ -114,7 +114,7 @@ class Engine:
     """
 
     def __init__(self, config: PretrainConfig, device: torch.device, bf16: bool, load_universal: bool = False) -> None:
-        self.config, self.device = config, device
+        self.config, self.device, self.bf16 = config, device, bf16
         self.rank, self.world = torch.distributed.get_rank(), torch.distributed.get_world_size()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
@@ -147,19 +147,22 @@ class Engine:
         )
         self.optimiser.norm_of_all = self._norm
 
-    def step(self, number: int, micro_batches: Sequence[Batch], stop: bool = False) -> StepResult:
+    def step(self, number: int, micro_batches: Sequence[Batch | None], stop: bool = False) -> StepResult:
         """One step of the optimiser on this worker's micro-batches; those of all workers make the global batch.
 
         Args:
             number: of the step; learning rate and dropout are functions of it.
-            micro_batches: `accumulate` of them, the same number on every worker; one without rows counts nothing.
+            micro_batches: `accumulate` of them; None where this worker has no rows.
             stop: asks all workers to stop; all of them hear it in the result.
         """
         codebooks = self.config.codebooks
-        tokens = sum((tokens_by_codebook(b.code_lengths, codebooks) for b in micro_batches), torch.zeros(codebooks))
+        filled = [tokens_by_codebook(batch.code_lengths, codebooks) for batch in micro_batches if batch is not None]
+        tokens = sum(filled, torch.zeros(codebooks))
         shared = self._added_up(torch.cat([tokens.double(), torch.tensor([float(stop)], dtype=torch.float64)]))
         counts, stop = shared[:-1], bool(shared[-1] > 0)
-        scale = self.world * self.config.accumulate / max(float(counts.sum()), 1.0)
+        if not counts.sum():  # nothing in the whole batch could be read
+            return StepResult(math.nan, [math.nan] * codebooks, math.nan, True, 0, stop)
+        scale = self.world * self.config.accumulate / float(counts.sum())
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = self.config.learning_rate_at(number)
         self.deepspeed.train()
@@ -175,11 +178,11 @@ class Engine:
         losses = self._added_up(sums) / counts.clamp(min=1)
         if not self.optimiser.refused:
             self.optimiser.remember()
-        mean = float((losses * counts).sum() / counts.sum().clamp(min=1))
+        mean = float((losses * counts).sum() / counts.sum())
         return StepResult(mean, losses.tolist(), self.optimiser.norm, self.optimiser.refused, int(counts.sum()), stop)
 
     @torch.no_grad()
-    def loss(self, batches: Sequence[Batch]) -> tuple[float, list[float]]:
+    def loss(self, batches: Sequence[Batch | None]) -> tuple[float, list[float]]:
         """(mean loss, by codebook) over the batches of all workers, which must each have as many."""
         self.deepspeed.eval()
         sums = torch.zeros(2, self.config.codebooks, dtype=torch.float64)
@@ -198,11 +201,9 @@ class Engine:
                 return None
             return {name: value.detach().float().cpu().clone() for name, value in model.state_dict().items()}
 
-    def _forward(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        if len(batch.code_lengths) == 0:
-            batch = _filler(self.config.codebooks)
-            total, by_codebook, tokens = self.deepspeed(*(x.to(self.device) for x in batch))
-            return total * 0, by_codebook * 0, tokens * 0
+    def _forward(self, batch: Batch | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        if batch is None:
+            return tuple(value * 0 for value in self._forward(_filler(self.config.codebooks)))
         return self.deepspeed(*(x.to(self.device, non_blocking=True) for x in batch))
 
     def _norm(self) -> float:

@@ -1,0 +1,204 @@
+"""Checkpoints of a training run: written by all workers, whole or not at all, the newest N kept, on any fsspec URL.
+
+    <run>/checkpoints/step-00001000/      DeepSpeed's files and, last of all, trainer.json
+    <run>/checkpoints/step-00001000-universal/   the same for another number of workers, made when it is asked for
+
+A checkpoint is done when its `trainer.json` is there and the files that it names have the sizes that it names. On
+remote storage every worker writes into a folder of its own machine and uploads what it wrote.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from infra import storage
+
+if TYPE_CHECKING:
+    from pipeline.training_engine import Engine
+
+FOLDER, FACTS = "checkpoints", "trainer.json"
+_UNIVERSAL = "-universal"
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be continued: says which, why, and what to do."""
+
+
+class Checkpoint(NamedTuple):
+    """A finished one."""
+
+    url: str
+    facts: dict[str, Any]
+    """step, world, stage, identity, usual, files and what the run noted."""
+
+    @property
+    def step(self) -> int:
+        return self.facts["step"]
+
+
+def name_of(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def newest(run: str) -> Checkpoint | None:
+    """The finished checkpoint of the highest step; damaged ones are named and passed over."""
+    for name in reversed(_names(run)):
+        if found := opened(storage.join(run, FOLDER, name)):
+            return found
+    return None
+
+
+def opened(url: str) -> Checkpoint | None:
+    """The checkpoint in a folder; None, and a line on stderr, where it was never finished or has lost files."""
+    try:
+        facts = json.loads(storage.read_bytes(storage.join(url, FACTS)))
+        sizes = _sizes(url)
+    except (OSError, ValueError) as error:
+        print(f"checkpoint {url} was not finished ({error}); using an earlier one", file=sys.stderr)
+        return None
+    if lost := [name for name, size in facts["files"].items() if sizes.get(name) != size]:
+        print(f"checkpoint {url} has lost {', '.join(lost)}; using an earlier one", file=sys.stderr)
+        return None
+    return Checkpoint(url, facts)
+
+
+def save(engine: Engine, run: str, step: int, facts: dict[str, Any], keep: int) -> None:
+    """Writes a checkpoint; every worker calls it. Afterwards the newest `keep` are left."""
+    import torch.distributed as dist
+
+    url = storage.join(run, FOLDER, name_of(step))
+    local = storage.is_local(url)
+    if engine.rank == 0:
+        storage.remove(url)  # what an interrupted one left
+    dist.barrier()
+    parent = storage.join(run, FOLDER) if local else tempfile.mkdtemp(prefix="lina-checkpoint-")
+    engine.deepspeed.save_checkpoint(parent, tag=name_of(step), save_latest=False)
+    if not local:
+        for file in sorted(Path(parent, name_of(step)).iterdir()):
+            storage.upload(str(file), storage.join(url, file.name))
+        shutil.rmtree(parent)
+    dist.barrier()
+    if engine.rank == 0:
+        noted = {"step": step, "world": engine.world, "stage": engine.stage, "usual": engine.optimiser.usual}
+        content = json.dumps(facts | noted | {"files": _sizes(url)}, indent=1)
+        storage.write_text(storage.join(url, FACTS), content + "\n")
+        _remove_old(run, keep)
+    dist.barrier()
+
+
+def prepare(run: str, world: int, stage: int) -> tuple[Checkpoint, bool] | None:
+    """What a run of `world` workers goes on from: the newest checkpoint, converted where their number has changed.
+
+    Returns:
+        (checkpoint, whether it is a universal one); None at the beginning. Only one worker may call it.
+
+    Raises:
+        CheckpointError: this stage of ZeRO cannot go on from it, or converting failed.
+    """
+    found = newest(run)
+    if found is None:
+        return None
+    before = found.facts["stage"]
+    if _family(before) != _family(stage):
+        raise CheckpointError(
+            f"{found.url} was written under ZeRO stage {before}, which stage {stage} cannot continue; use --zero "
+            f"{before}, or start a new run"
+        )
+    if (found.facts["world"] == world and before == stage) or stage == 0:
+        return found, False
+    return _universal(found, before), True
+
+
+def load(engine: Engine, checkpoint: Checkpoint) -> None:
+    """Puts a checkpoint into the engine; every worker calls it. Raises CheckpointError."""
+    with local_copy(checkpoint.url) as folder:
+        path, _ = engine.deepspeed.load_checkpoint(str(folder.parent), tag=folder.name)
+        if path is None:
+            raise CheckpointError(f"DeepSpeed could not load {checkpoint.url}; remove that folder to go on before it")
+        engine.optimiser.usual = list(checkpoint.facts["usual"])
+        if engine.world > 1:
+            import torch.distributed as dist
+
+            dist.barrier()
+
+
+@contextmanager
+def local_copy(url: str) -> Iterator[Path]:
+    """The files of a folder as a local folder: itself, or a copy that goes away at the end."""
+    if storage.is_local(url):
+        yield Path(storage.absolute(url))
+        return
+    with tempfile.TemporaryDirectory(prefix="lina-checkpoint-") as temporary:
+        folder = Path(temporary, url.rstrip("/").rsplit("/", 1)[1])
+        fs, path = storage.filesystem(url)
+        fs.get(path.rstrip("/") + "/", f"{folder}/", recursive=True)
+        yield folder
+
+
+def _universal(checkpoint: Checkpoint, stage: int) -> Checkpoint:
+    """The checkpoint for any number of workers: converted by DeepSpeed's own tool, once."""
+    url = checkpoint.url + _UNIVERSAL
+    facts = storage.join(url, FACTS)
+    if not storage.exists(facts):
+        storage.remove(url)
+        with local_copy(checkpoint.url) as folder, tempfile.TemporaryDirectory() as temporary:
+            target = Path(storage.absolute(url) if storage.is_local(url) else temporary, "").resolve()
+            target = target if storage.is_local(url) else target / folder.name
+            command = [
+                *(sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal"),
+                *("--input_folder", str(folder), "--output_folder", str(target)),
+                *("--num_extract_workers", "1", "--num_merge_workers", "1"),
+                *(["--inject_missing_state"] if stage in (1, 2) else []),
+            ]
+            done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"DS_ACCELERATOR": "cpu"})
+            if done.returncode:
+                raise CheckpointError(
+                    f"{checkpoint.url} cannot be converted for another number of workers than the "
+                    f"{checkpoint.facts['world']} that wrote it: {done.stderr.strip()[-800:]}"
+                )
+            if not storage.is_local(url):
+                fs, path = storage.filesystem(url)
+                fs.put(f"{target}/", path.rstrip("/") + "/", recursive=True)
+        storage.write_text(facts, json.dumps(checkpoint.facts) + "\n")
+    return Checkpoint(url, checkpoint.facts)
+
+
+def _family(stage: int) -> int:
+    """Stages of one family can go on from each other's checkpoints."""
+    return {0: 0, 1: 1, 2: 1, 3: 3}[stage]
+
+
+def _names(run: str) -> list[str]:
+    """Sorted names of the run's checkpoints, finished or not."""
+    fs, path = storage.filesystem(storage.join(run, FOLDER))
+    fs.invalidate_cache()
+    if not fs.exists(path):
+        return []
+    names = sorted(entry.rstrip("/").rsplit("/", 1)[1] for entry in fs.ls(path, detail=False))
+    return [name for name in names if name.startswith("step-") and not name.endswith(_UNIVERSAL)]
+
+
+def _sizes(url: str) -> dict[str, int]:
+    """Bytes of each of DeepSpeed's files directly in a folder."""
+    fs, path = storage.filesystem(url)
+    fs.invalidate_cache()
+    entries = {entry["name"].rsplit("/", 1)[1]: entry for entry in fs.ls(path, detail=True)}
+    return {n: e["size"] for n, e in sorted(entries.items()) if e["type"] == "file" and n != FACTS and n[0] != "."}
+
+
+def _remove_old(run: str, keep: int) -> None:
+    for name in _names(run)[:-keep]:
+        url = storage.join(run, FOLDER, name)
+        # First what makes it a finished one: a removal that is cut off must not look like a damaged checkpoint
+        for folder in (url, url + _UNIVERSAL):
+            storage.remove(storage.join(folder, FACTS))
+            storage.remove(folder)

@@ -1,0 +1,109 @@
+"""Where a model in training stands: the loss on utterances that it never trains on, and how it says some of them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from model.lina import Lina
+from model.sampling import Policy, Speech, speak
+from pipeline.loader import Loader, MicroBatch
+from pipeline.phonemes import INVENTORY
+from pipeline.pretrain_config import PretrainConfig
+from pipeline.schedule import Schedule
+from pipeline.training_log import tell
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from infra.tracking import Run
+    from pipeline.token_index import TokenIndex
+    from pipeline.training_engine import Engine
+
+
+def validate(config: PretrainConfig, engine: Engine, index: TokenIndex, run: Run, step: int) -> dict[str, float]:
+    """Validation losses, the same on all workers, which must all call it; the first one also lets the model speak.
+
+    Returns:
+        `valid.loss` and one by codebook; empty where nothing was held out.
+    """
+    _, held = index.split(config.valid_fraction)
+    if not len(held):
+        return {}
+    longest = int(held.columns["frames"][held.rows].max()) + config.codebooks + 1
+    schedule = Schedule(held, 0, max(config.budget, longest * engine.world), config.codebooks)
+    count = min(config.valid_batches, schedule.steps_per_epoch())
+    with Loader(schedule, rank=engine.rank, world=engine.world, cache=config.cache_folder) as loader:
+        parts = [loader.load(step)[0][0] for step in range(count)]
+    loss, by_codebook = engine.loss([part.batch if part.rows.size else None for part in parts])
+    metrics = {"valid.loss": loss} | {f"valid.loss.codebook.{k}": value for k, value in enumerate(by_codebook, 1)}
+    weights = engine.weights() if config.speak else None
+    if weights is not None:
+        model = Lina(config.sizes())
+        model.load_state_dict(weights)
+        _say_some(config, model, parts[0], index.codec["sample_rate"], run, step)
+    return metrics
+
+
+def _say_some(config: PretrainConfig, model: Lina, held: MicroBatch, rate: int, run: Run, step: int) -> None:
+    """Says held-out sentences; audio, spectrograms and alignments become artefacts of the run."""
+    batch, count = held.batch, min(config.speak, len(held.rows))
+    policy = Policy(max_frames=2 * int(batch.code_lengths[:count].max()))
+    with torch.no_grad():
+        spoken = speak(model, batch.phones[:count], batch.phone_lengths[:count], policy, seeds=range(count))
+    waves = _decoded(config, [speech.codes.numpy() for speech in spoken])
+    for number, speech in enumerate(spoken):
+        wave = None if waves is None else waves[number]
+        name = f"spoken/step-{step:08d}/{number}"
+        phones = batch.phones[number, 1 : batch.phone_lengths[number] - 1].tolist()
+        title = " ".join(INVENTORY[phone] for phone in phones).replace(" <space>", "  ")
+        run.log_figure(_picture(f"{held.keys[number]}: {title}", speech, wave, rate), f"{name}.png")
+        if wave is not None:
+            _log_wav(run, wave, rate, name)
+    ended = sum(speech.finished for speech in spoken)
+    tell(f"step {step:6d} said {count} sentences, {ended} ended by themselves")
+
+
+def _decoded(config: PretrainConfig, codes: list[np.ndarray]) -> list[np.ndarray] | None:
+    """Waveforms, or None where the dataset's codec cannot be had here; codes that the model has not are left out."""
+    from model.codec_config import CodecError
+    from pipeline.plan import Plan
+    from pipeline.samples import codec_of
+
+    try:
+        codec = codec_of(Plan.load(config.data))
+    except CodecError as error:
+        tell(f"nothing to hear: {error}")
+        return None
+    return [codec.decode([c.astype(np.uint16)])[0] if c.shape[1] else np.zeros(1, np.float32) for c in codes]
+
+
+def _picture(title: str, speech: Speech, wave: np.ndarray | None, rate: int) -> Figure:
+    """The spectrogram of what was said above where in the text it was."""
+    from matplotlib.figure import Figure
+
+    from pipeline.measures import log_mel
+
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    upper, lower = figure.subplots(2, 1)
+    if wave is not None and len(wave) > rate // 10:
+        upper.imshow(log_mel(wave, rate), aspect="auto", origin="lower", cmap="magma")
+    upper.set_title(title[:130], fontsize=8, loc="left")
+    lower.imshow(speech.attention.T.float().numpy(), aspect="auto", origin="lower", interpolation="nearest")
+    lower.set_xlabel("step"), lower.set_ylabel("phoneme")
+    return figure
+
+
+def _log_wav(run: Run, wave: np.ndarray, rate: int, name: str) -> None:
+    import tempfile
+    from pathlib import Path
+
+    from pipeline.listening import wav
+
+    folder, _, base = name.rpartition("/")
+    with tempfile.TemporaryDirectory() as temporary:
+        file = Path(temporary, f"{base}.wav")
+        file.write_bytes(wav(wave, rate))
+        run.log_artifact(str(file), folder)
