@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+os.environ.setdefault("LOCAL_RANK", "0")
 
 _USUAL_AFTER, _USUAL_DECAY = 50, 0.98
 """Steps before a gradient can be called unusual, and the memory of what is usual."""
