@@ -73,7 +73,9 @@ def _decoded(config: PretrainConfig, codes: list[np.ndarray]) -> list[np.ndarray
     from pipeline.samples import codec_of
 
     try:
-        codec = codec_of(Plan.load(config.data))
+        if (plan := Plan.load(config.data)) is None:
+            raise CodecError(f"{config.data} has no plan that says where its codec lies")
+        codec = codec_of(plan)
     except CodecError as error:
         tell(f"nothing to hear: {error}")
         return None

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
 import random
 import signal
 import subprocess
@@ -22,6 +21,8 @@ import time
 from pathlib import Path
 
 import psutil
+
+from tests.ray_sessions import cluster_of
 
 VICTIMS = ("driver", "worker", "node")
 ROOT = Path(__file__).resolve().parents[1]
@@ -112,34 +113,15 @@ def _title(process: psutil.Process) -> str:
 
 def _run(nodes: int, arguments: list[str]) -> int:
     """What a run's process does: a cluster of `nodes` on loopback, and the job on it."""
-    os.environ |= {
-        "RAY_AUTH_MODE": "disabled",
-        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
-        "RAY_USAGE_STATS_ENABLED": "0",
-    }
-    import ray
-    from ray.cluster_utils import Cluster
-
     from infra import config
     from jobs.tokenize import tokenize
     from pipeline.tokenize_config import TokenizeConfig
 
-    quick = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 1000, "health_check_failure_threshold": 4}
-    folder = tempfile.mkdtemp(prefix="lr-", dir="/tmp")
-    node = {"num_cpus": 1, "object_store_memory": 150_000_000}
-    cluster = Cluster(
-        initialize_head=True,
-        head_node_args=node | {"include_dashboard": False, "temp_dir": folder, "_system_config": quick},
-    )
-    for _ in range(nodes - 1):
-        cluster.add_node(**node)
-    ray.init(address=cluster.address, log_to_driver=False)
     parser = argparse.ArgumentParser()
     config.add_arguments(parser, TokenizeConfig)
-    code = tokenize(config.from_arguments(TokenizeConfig, parser.parse_args(arguments)), False, False)
-    ray.shutdown()
-    cluster.shutdown()
-    return code
+    settings = config.from_arguments(TokenizeConfig, parser.parse_args(arguments))
+    with cluster_of(nodes):
+        return tokenize(settings, False, False)
 
 
 def main() -> int:

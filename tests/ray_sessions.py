@@ -3,6 +3,39 @@
 from __future__ import annotations
 
 import gc
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def cluster_of(nodes: int) -> Iterator[None]:
+    """Ray on this machine as a cluster of nodes of one CPU each; a lost one is noticed within seconds."""
+    os.environ |= {
+        "RAY_AUTH_MODE": "disabled",
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+        "RAY_USAGE_STATS_ENABLED": "0",
+    }
+    import ray
+    from ray.cluster_utils import Cluster
+
+    quick = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 1000, "health_check_failure_threshold": 4}
+    # Not in a test's own folder: the sockets' paths must stay under 108 bytes
+    folder = tempfile.mkdtemp(prefix="lr-", dir="/tmp")
+    node = {"num_cpus": 1, "object_store_memory": 150_000_000}
+    cluster = Cluster(
+        initialize_head=True,
+        head_node_args=node | {"include_dashboard": False, "temp_dir": folder, "_system_config": quick},
+    )
+    for _ in range(nodes - 1):
+        cluster.add_node(**node)
+    ray.init(address=cluster.address, log_to_driver=False)
+    yield
+    end()
+    cluster.shutdown()
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def end() -> None:

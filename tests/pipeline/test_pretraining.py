@@ -1,0 +1,164 @@
+"""Whole training runs on Ray: killed, stopped, resumed on another number of workers, and still the same losses."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from pipeline.training_checkpoints import name_of, newest
+from tests.chaos import end, finish_run
+from tests.pipeline.token_data import write_sizes, write_tokens
+
+ROOT = Path(__file__).resolve().parents[2]
+GOLDEN = Path(__file__).with_name("golden_losses.json")
+STEPS, SAVED = 240, 80
+
+
+@pytest.fixture(scope="module")
+def arguments(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    folder = tmp_path_factory.mktemp("pretrain")
+    settings = {
+        "data": write_tokens(folder / "tokens"),
+        "model": write_sizes(folder),
+        "cache": str(folder / "cache"),
+        "steps": STEPS,
+        "budget": 300,
+        "learning_rate": 0.003,
+        "warmup": 20,
+        "text_dropout": 0.0,
+        "valid_fraction": 0.1,
+        "save_every": SAVED,
+        "evaluate_every": STEPS,
+        "keep": 9,
+        "min_seconds": 0.1,
+        "threads": 1,
+        "tracking": f"sqlite:///{folder}/mlflow.db",
+    }
+    return [word for name, value in settings.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+
+
+def start(arguments: list[str], output: Path, workers: int) -> subprocess.Popen:
+    words = [*arguments, "--output", str(output), "--workers", str(workers)]
+    command = [sys.executable, "-m", "tests.pretrain_run", str(workers), *words]
+    return subprocess.Popen(command, cwd=ROOT, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def losses(output: Path) -> dict[int, float]:
+    """By step, what the run last said of it; a line that is being written does not count."""
+    file = output / "losses.jsonl"
+    lines = file.read_text(encoding="utf-8").split("\n")[:-1] if file.exists() else []
+    return {row["step"]: row["loss"] for row in map(json.loads, lines)}
+
+
+def wait_for(output: Path, step: int, run: subprocess.Popen) -> None:
+    while run.poll() is None and max(losses(output), default=0) < step:
+        time.sleep(0.02)
+    assert run.poll() is None, run.communicate()[0].decode()[-3000:]
+
+
+@pytest.fixture(scope="module")
+def quiet(tmp_path_factory: pytest.TempPathFactory, arguments: list[str]) -> Path:
+    """The output of an undisturbed run of two workers on two nodes."""
+    output = tmp_path_factory.mktemp("quiet")
+    assert finish_run(start(arguments, output, 2)) == 0
+    return output
+
+
+def test_it_learns_validates_exports_and_is_tracked(quiet: Path, arguments: list[str]) -> None:
+    from mlflow import MlflowClient
+
+    from model.checkpoint import load
+
+    found = losses(quiet)
+    assert sorted(found) == list(range(1, STEPS + 1))
+    assert found[STEPS] < found[1] / 2
+    _, card = load(quiet / "export")
+    assert card.training["step"] == STEPS and card.codec.name == "random-codes"
+    client = MlflowClient(arguments[arguments.index("--tracking") + 1])
+    run = client.get_run(json.loads((quiet / "mlflow-run.json").read_text())["run_id"])
+    assert run.info.status == "FINISHED" and run.data.tags["fingerprint"] == card.fingerprint
+    assert run.data.metrics["loss"] == pytest.approx(found[STEPS])
+    assert run.data.metrics["valid.loss"] < found[1] / 2 and "mfu" in run.data.metrics
+    assert client.get_latest_versions("demo")[0].run_id == run.info.run_id
+    pictures = client.list_artifacts(run.info.run_id, f"spoken/step-{STEPS:08d}")
+    assert any(file.path.endswith(".png") for file in pictures)
+
+
+def test_the_losses_are_those_that_they_were(quiet: Path) -> None:
+    """Golden: a change of the numbers must be meant. Machines round differently, and steps add that up."""
+    golden = json.loads(GOLDEN.read_text())
+    found = losses(quiet)
+    for step, loss in golden.items():
+        assert found[int(step)] == pytest.approx(loss, rel=2e-4), f"step {step}"
+
+
+def test_a_killed_worker_changes_no_loss(quiet: Path, arguments: list[str], tmp_path: Path) -> None:
+    run = start(arguments, tmp_path, 2)
+    wait_for(tmp_path, SAVED + 20, run)
+    workers = [p for p in psutil.Process(run.pid).children(recursive=True) if "RayTrainWorker" in " ".join(p.cmdline())]
+    assert len(workers) == 2
+    workers[1].send_signal(signal.SIGKILL)
+    assert finish_run(run) == 0
+    assert losses(tmp_path) == losses(quiet)
+    exported = [(folder / "export" / "model.safetensors").read_bytes() for folder in (tmp_path, quiet)]
+    assert exported[0] == exported[1]
+
+
+def test_a_killed_driver_and_another_number_of_workers_give_the_same_losses(
+    quiet: Path, arguments: list[str], tmp_path: Path
+) -> None:
+    run = start(arguments, tmp_path, 2)
+    wait_for(tmp_path, SAVED + 5, run)
+    end(run)
+    before = newest(str(tmp_path))
+    assert before.step == SAVED and before.facts["world"] == 2
+    assert finish_run(start(arguments, tmp_path, 1)) == 0
+    expected, found = losses(quiet), losses(tmp_path)
+    assert {step: loss for step, loss in found.items() if step <= SAVED} == {
+        s: expected[s] for s in range(1, SAVED + 1)
+    }
+    drift = [abs(found[step] - expected[step]) for step in range(SAVED + 1, SAVED + 31)]
+    assert max(drift) < 1e-5
+    assert newest(str(tmp_path)).facts["world"] == 1
+
+
+def test_sigterm_writes_a_checkpoint_and_the_run_goes_on_from_it(
+    quiet: Path, arguments: list[str], tmp_path: Path
+) -> None:
+    from mlflow import MlflowClient
+
+    run = start(arguments, tmp_path, 2)
+    wait_for(tmp_path, 30, run)
+    os.kill(run.pid, signal.SIGTERM)
+    assert finish_run(run) == 0
+    stopped = newest(str(tmp_path)).step
+    assert 30 <= stopped < STEPS and stopped == max(losses(tmp_path))
+    note = json.loads((tmp_path / "mlflow-run.json").read_text())
+    assert finish_run(start(arguments, tmp_path, 2)) == 0
+    assert losses(tmp_path) == losses(quiet)
+    assert json.loads((tmp_path / "mlflow-run.json").read_text()) == note
+    client = MlflowClient(arguments[arguments.index("--tracking") + 1])
+    steps = [metric.step for metric in client.get_metric_history(note["run_id"], "loss")]
+    assert sorted(steps) == list(range(1, STEPS + 1))
+
+
+def test_another_recipe_on_a_run_is_refused_with_what_differs(
+    quiet: Path, arguments: list[str], tmp_path: Path
+) -> None:
+    shutil.copytree(quiet / "checkpoints" / name_of(SAVED), tmp_path / "checkpoints" / name_of(SAVED))
+    words = [*arguments, "--output", str(tmp_path), "--learning-rate", "0.002", "--beta2", "0.9"]
+    done = subprocess.run(
+        [sys.executable, "jobs/pretrain.py", *words], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 2, done.stderr[-2000:]
+    assert "learning_rate: 0.003 → 0.002; beta2: 0.95 → 0.9" in done.stderr
+    assert "choose another --output" in done.stderr
