@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from functools import lru_cache
+from threading import Lock
 from typing import NamedTuple
 
 import numpy as np
@@ -80,6 +81,7 @@ class Schedule:
                 f"set budget to at least {self._longest[-1]}, or max_frames to {max(budget - codebooks - 1, 0)}"
             )
         self._first_steps = [0]
+        self._growing = Lock()  # the loader's threads ask for steps of new epochs at once
         self._epoch = lru_cache(maxsize=4)(self._make_epoch)
         self._window = lru_cache(maxsize=4)(self._make_window)
 
@@ -121,16 +123,18 @@ class Schedule:
 
     def first_step(self, epoch: int) -> int:
         """The step that an epoch begins with."""
-        while len(self._first_steps) <= epoch:
-            self._first_steps.append(self._first_steps[-1] + int(self._epoch(len(self._first_steps) - 1).batches[-1]))
+        with self._growing:
+            while len(self._first_steps) <= epoch:
+                last = len(self._first_steps) - 1
+                self._first_steps.append(self._first_steps[last] + int(self._epoch(last).batches[-1]))
         return self._first_steps[epoch]
 
     def locate(self, step: int) -> tuple[int, int]:
         """(epoch, step within it)."""
         if step < 0:
             raise ValueError(f"steps count from 0, not {step}")
-        while self._first_steps[-1] <= step:
-            self.first_step(len(self._first_steps))
+        while (known := len(self._first_steps)) and self._first_steps[known - 1] <= step:
+            self.first_step(known)
         epoch = bisect_right(self._first_steps, step) - 1
         return epoch, step - self._first_steps[epoch]
 

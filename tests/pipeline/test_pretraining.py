@@ -16,7 +16,7 @@ import pytest
 
 from pipeline.training_checkpoints import name_of, newest
 from tests.chaos import end, finish_run
-from tests.pipeline.token_data import write_sizes, write_tokens
+from tests.pipeline.speaking_tokens import write_sizes, write_tokens
 
 ROOT = Path(__file__).resolve().parents[2]
 GOLDEN = Path(__file__).with_name("golden_losses.json")

@@ -1,5 +1,7 @@
 """The schedule's laws: every sample once an epoch, the same batches for everybody, from anywhere, within the budget."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -49,6 +51,16 @@ def test_a_step_is_the_same_whether_one_comes_from_the_start_or_resumes_there(fr
     resumed = schedule_of(frames, seed)
     assert resumed.batch(step).tolist() == seen[-1]
     assert resumed.batch(step // 2).tolist() == seen[step // 2], "backwards, too"
+
+
+def test_threads_that_ask_at_once_get_what_one_gets():
+    frames = [[30, 50, 70]] * 3
+    alone = schedule_of(frames, budget=200)
+    expected = [alone.batch(step).tolist() for step in range(400)]
+    for _ in range(5):
+        shared = schedule_of(frames, budget=200)
+        with ThreadPoolExecutor(8) as pool:
+            assert [rows.tolist() for rows in pool.map(shared.batch, range(400))] == expected
 
 
 @given(st.lists(st.integers(1, 500), min_size=1, max_size=200), st.integers(500, 4000), seeds)

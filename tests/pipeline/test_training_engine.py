@@ -15,7 +15,7 @@ from pipeline import model_export
 from pipeline import training_checkpoints as checkpoints
 from pipeline.phonemes import INVENTORY
 from pipeline.pretrain_config import PretrainConfig
-from tests.pipeline.token_data import IDENTITY, write_sizes
+from tests.pipeline.speaking_tokens import IDENTITY, write_sizes
 
 CPU = torch.device("cpu")
 STAGES = ("0", "1", "2", "3")

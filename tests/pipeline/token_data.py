@@ -1,65 +1,89 @@
-"""A small dataset of tokens to train on: codes that depend on the text, so that there is something to learn."""
+"""Token datasets that tests make for themselves: finished ones on any URL, and indexes that exist in memory only."""
 
 from __future__ import annotations
 
 import json
-from pathlib import Path
+import zlib
 
 import numpy as np
 
+from infra import storage
 from pipeline import shards
+from pipeline.sample_reader import SampleReader
+from pipeline.shard_cache import ShardCache
+from pipeline.token_index import COLUMNS, ShardFile, TokenIndex
 
-IDENTITY = {
-    "name": "random-codes",
-    "digest": "0" * 64,
+CODEC = {
+    "name": "tests",
+    "digest": "c" * 64,
     "sample_rate": 24_000,
     "frame_rate": 75.0,
-    "codebooks": 4,
-    "codebook_size": 32,
+    "codebooks": 8,
+    "codebook_size": 1024,
 }
-SIZES = {
-    "width": 32,
-    "encoder_layers": 1,
-    "decoder_layers": 1,
-    "heads": 2,
-    "key_width": 16,
-    "value_width": 32,
-    "text_layers": 1,
-    "text_heads": 2,
-    "position_width": 16,
-    "position_kernel": 5,
-    "codebook_size": 32,
-}
-PHONES = ("AA1", "B", "K", "S", "T", "IY0", "M", "<space>")
+PHONES = "HH AH0 L OW1 <space> W ER1 L D .".split()
 
 
-def write_tokens(folder: Path, samples: int = 60, count: int = 3, seed: int = 0) -> str:
-    """A finished dataset of `count` shards; each phone lasts some frames of codes that are its own."""
-    rng = np.random.default_rng(seed)
-    sidecars = []
-    for shard in range(count):
-        made = [_sample(f"{shard:02d}-{n:03d}", rng) for n in range(samples // count)]
-        sidecars.append(shards.write_shard(str(folder), shard, made, [], {"codec": IDENTITY}))
-    listed = [
-        {"url": f"shards/{s['shard']:06d}.tar", "nsamples": s["samples"], "filesize": s["bytes"], "sha256": s["sha256"]}
-        for s in sidecars
-    ]
-    summary = {"digest": f"{seed:064d}", "codec": IDENTITY, "codebooks": 4, "shardlist": listed}
-    (folder / "dataset.json").write_text(json.dumps(summary))
-    return str(folder)
+def index_of(frames: list[list[int]], speakers: int = 3) -> TokenIndex:
+    """An index of samples of given lengths, by shard; there are no files behind it."""
+    flat = np.array([n for shard in frames for n in shard], dtype=np.int64)
+    columns = {
+        "offset": np.zeros(len(flat)),
+        "size": np.full(len(flat), 1536),
+        "frames": flat,
+        "phones": flat // 7,
+        "speaker": np.arange(len(flat)) % speakers,
+        "key_sum": [zlib.crc32(b"%d" % row) for row in range(len(flat))],
+    }
+    return TokenIndex(
+        digest="d" * 64,
+        codec=CODEC,
+        codebooks=8,
+        shards=tuple(ShardFile(f"shards/{n:06d}.tar", 1, "0" * 64, len(shard)) for n, shard in enumerate(frames)),
+        speakers=tuple(f"s{n}" for n in range(speakers)),
+        columns={name: np.asarray(columns[name]).astype(kind) for name, kind in COLUMNS.items()},
+        rows=np.arange(len(flat), dtype=np.int32),
+    )
 
 
-def write_sizes(folder: Path) -> str:
-    folder.mkdir(parents=True, exist_ok=True)
-    file = folder / "sizes.json"
-    file.write_text(json.dumps(SIZES))
-    return str(file)
+def samples_of(number: int, count: int, codebooks: int = 8) -> list[shards.Sample]:
+    """Samples of shard `number`, of 20 to 120 frames of random codes, in the order of their keys."""
+    random = np.random.default_rng(number)
+    made = []
+    for place in range(count):
+        frames = int(random.integers(20, 120))
+        codes = random.integers(0, 1024, (codebooks, frames)).astype(np.uint16)
+        key = f"spk{place % 4}/{number}-{place:03d}"
+        meta = {"id": key, "speaker": f"spk{place % 4}", "seconds": frames / 75}
+        made.append(shards.Sample(key, codes, " ".join(PHONES[: 1 + place % len(PHONES)]), meta))
+    return sorted(made, key=lambda sample: sample.key)
 
 
-def _sample(key: str, rng: np.random.Generator) -> shards.Sample:
-    phones = rng.choice(len(PHONES), size=rng.integers(4, 10))
-    sounds = np.repeat(phones, rng.integers(3, 7, size=len(phones)))
-    codes = (sounds[None] * 3 + np.arange(4)[:, None] + rng.integers(0, 2, size=(4, len(sounds)))) % 32
-    speaker = f"speaker-{rng.integers(3)}"
-    meta = {"id": key, "speaker": speaker, "seconds": len(sounds) / 75, "text": key}
-    return shards.Sample(key, codes.astype(np.uint16), " ".join(PHONES[p] for p in phones), meta)
+def write_dataset(url: str, counts: tuple[int, ...], codec: dict | None = None) -> list[shards.Sample]:
+    """A finished dataset with so many samples in each shard; returns them in the order of the index."""
+    made = [samples_of(number, count) for number, count in enumerate(counts)]
+    write_samples(url, made, codec or CODEC, f"{zlib.crc32(repr(counts).encode()):064x}")
+    return [sample for shard in made for sample in shard]
+
+
+def write_samples(url: str, made: list[list[shards.Sample]], codec: dict, digest: str) -> None:
+    """A finished dataset of these samples, by shard."""
+    facts = {"plan": "0" * 64, "codec": codec, "versions": {}}
+    listed = []
+    for number, samples in enumerate(made):
+        sidecar = shards.write_shard(url, number, samples, [], facts)
+        entry = {"url": f"shards/{number:06d}.tar", "nsamples": len(samples), "filesize": sidecar["bytes"]}
+        listed += [entry | {"sha256": sidecar["sha256"]}] if samples else []
+    summary = {"digest": digest, "codec": codec, "codebooks": codec["codebooks"], "shardlist": listed}
+    storage.write_text(storage.join(url, "dataset.json"), json.dumps(summary))
+
+
+def read_all(url: str, cache: str, seed: int, results) -> None:
+    """In a process of its own: reads every sample twice, in any order, through a cache for less than two shards."""
+    index = TokenIndex.open(url, cache=cache)
+    reader = SampleReader(index, ShardCache(cache, 60_000))
+    wrong = 0
+    for row in np.random.default_rng(seed).permutation(len(index)).tolist() * 2:
+        good, _ = reader.read(np.array([row]))
+        wrong += row not in good
+    results.put((seed, wrong, len(index)))
