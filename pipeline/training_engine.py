@@ -132,7 +132,7 @@ class Engine:
         # Without ZeRO in float32, DeepSpeed clips before the optimiser could see the norm
         self.clips = self.stage == 0 and not bf16
         options = {
-            **config.deepspeed(),
+            **_fitting(config.deepspeed(), sum(p.numel() for p in model.parameters())),
             "train_micro_batch_size_per_gpu": 1,
             "gradient_accumulation_steps": config.accumulate,
             "gradient_clipping": 0.0 if self.clips else config.clip,
@@ -228,6 +228,14 @@ def parameter_groups(model: nn.Module, decay: float) -> list[dict[str, Any]]:
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     vectors = [p for p in model.parameters() if p.ndim < 2]
     return [{"params": matrices, "weight_decay": decay}, {"params": vectors, "weight_decay": 0.0}]
+
+
+def _fitting(options: dict[str, Any], parameters: int) -> dict[str, Any]:
+    """Options of DeepSpeed whose buckets are no larger than the model: it sets aside and clears all of them."""
+    zero = options["zero_optimization"]
+    buckets = ("reduce_bucket_size", "allgather_bucket_size", "stage3_prefetch_bucket_size")
+    smaller = {name: min(zero[name], parameters) for name in buckets if isinstance(zero.get(name), int)}
+    return options | {"zero_optimization": zero | smaller}
 
 
 def _filler(codebooks: int) -> Batch:

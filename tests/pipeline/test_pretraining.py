@@ -15,12 +15,12 @@ import psutil
 import pytest
 
 from pipeline.training_checkpoints import name_of, newest
-from tests.chaos import end, finish_run
+from tests.chaos import finish_run
 from tests.pipeline.speaking_tokens import write_sizes, write_tokens
 
 ROOT = Path(__file__).resolve().parents[2]
 GOLDEN = Path(__file__).with_name("golden_losses.json")
-STEPS, SAVED = 240, 80
+STEPS, SAVED = 90, 30
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def arguments(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         "steps": STEPS,
         "budget": 300,
         "learning_rate": 0.003,
-        "warmup": 20,
+        "warmup": 10,
         "text_dropout": 0.0,
         "valid_fraction": 0.1,
         "save_every": SAVED,
@@ -80,14 +80,14 @@ def test_it_learns_validates_exports_and_is_tracked(quiet: Path, arguments: list
 
     found = losses(quiet)
     assert sorted(found) == list(range(1, STEPS + 1))
-    assert found[STEPS] < found[1] / 2
+    assert found[STEPS] < 0.6 * found[1]
     _, card = load(quiet / "export")
     assert card.training["step"] == STEPS and card.codec.name == "random-codes"
     client = MlflowClient(arguments[arguments.index("--tracking") + 1])
     run = client.get_run(json.loads((quiet / "mlflow-run.json").read_text())["run_id"])
     assert run.info.status == "FINISHED" and run.data.tags["fingerprint"] == card.fingerprint
     assert run.data.metrics["loss"] == pytest.approx(found[STEPS])
-    assert run.data.metrics["valid.loss"] < found[1] / 2 and "mfu" in run.data.metrics
+    assert run.data.metrics["valid.loss"] < 0.6 * found[1] and "mfu" in run.data.metrics
     assert client.get_latest_versions("demo")[0].run_id == run.info.run_id
     pictures = client.list_artifacts(run.info.run_id, f"spoken/step-{STEPS:08d}")
     assert any(file.path.endswith(".png") for file in pictures)
@@ -103,7 +103,7 @@ def test_the_losses_are_those_that_they_were(quiet: Path) -> None:
 
 def test_a_killed_worker_changes_no_loss(quiet: Path, arguments: list[str], tmp_path: Path) -> None:
     run = start(arguments, tmp_path, 2)
-    wait_for(tmp_path, SAVED + 20, run)
+    wait_for(tmp_path, SAVED + 5, run)
     workers = [p for p in psutil.Process(run.pid).children(recursive=True) if "RayTrainWorker" in " ".join(p.cmdline())]
     assert len(workers) == 2
     workers[1].send_signal(signal.SIGKILL)
@@ -113,38 +113,23 @@ def test_a_killed_worker_changes_no_loss(quiet: Path, arguments: list[str], tmp_
     assert exported[0] == exported[1]
 
 
-def test_a_killed_driver_and_another_number_of_workers_give_the_same_losses(
-    quiet: Path, arguments: list[str], tmp_path: Path
-) -> None:
-    run = start(arguments, tmp_path, 2)
-    wait_for(tmp_path, SAVED + 5, run)
-    end(run)
-    before = newest(str(tmp_path))
-    assert before.step == SAVED and before.facts["world"] == 2
-    assert finish_run(start(arguments, tmp_path, 1)) == 0
-    expected, found = losses(quiet), losses(tmp_path)
-    assert {step: loss for step, loss in found.items() if step <= SAVED} == {
-        s: expected[s] for s in range(1, SAVED + 1)
-    }
-    drift = [abs(found[step] - expected[step]) for step in range(SAVED + 1, SAVED + 31)]
-    assert max(drift) < 1e-5
-    assert newest(str(tmp_path)).facts["world"] == 1
-
-
-def test_sigterm_writes_a_checkpoint_and_the_run_goes_on_from_it(
+def test_sigterm_writes_a_checkpoint_and_another_number_of_workers_goes_on_from_it(
     quiet: Path, arguments: list[str], tmp_path: Path
 ) -> None:
     from mlflow import MlflowClient
 
     run = start(arguments, tmp_path, 2)
-    wait_for(tmp_path, 30, run)
+    wait_for(tmp_path, SAVED + 5, run)
     os.kill(run.pid, signal.SIGTERM)
     assert finish_run(run) == 0
-    stopped = newest(str(tmp_path)).step
-    assert 30 <= stopped < STEPS and stopped == max(losses(tmp_path))
+    stopped, expected = newest(str(tmp_path)), losses(quiet)
+    assert SAVED + 5 <= stopped.step < STEPS and stopped.facts["world"] == 2
+    assert losses(tmp_path) == {step: expected[step] for step in range(1, stopped.step + 1)}
     note = json.loads((tmp_path / "mlflow-run.json").read_text())
-    assert finish_run(start(arguments, tmp_path, 2)) == 0
-    assert losses(tmp_path) == losses(quiet)
+    assert finish_run(start(arguments, tmp_path, 1)) == 0
+    found = losses(tmp_path)
+    assert max(abs(found[step] - expected[step]) for step in range(1, STEPS + 1)) < 1e-5
+    assert newest(str(tmp_path)).facts["world"] == 1
     assert json.loads((tmp_path / "mlflow-run.json").read_text()) == note
     client = MlflowClient(arguments[arguments.index("--tracking") + 1])
     steps = [metric.step for metric in client.get_metric_history(note["run_id"], "loss")]
