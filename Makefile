@@ -25,7 +25,7 @@ $(VENV)/bin/python:
 # torch first: everything else takes the build that is there, be it for CPUs or GPUs.
 $(VENV)/.core: pyproject.toml requirements.lock infra/nodeps-core.txt | $(VENV)/bin/python
 	$(PIP) install --quiet --constraint requirements.lock torch
-	$(PIP) install --quiet --constraint requirements.lock --editable '.[asr,demo]'
+	$(PIP) install --quiet --constraint requirements.lock --editable '.[asr,demo,train]'
 	$(PIP) install --quiet --no-deps --requirement infra/nodeps-core.txt
 	$(PY) -m infra.nltk_data
 	command -v npm > /dev/null || $(PIP) install --quiet $(NODE)
@@ -34,7 +34,7 @@ $(VENV)/.core: pyproject.toml requirements.lock infra/nodeps-core.txt | $(VENV)/
 	@echo "ready: source $(VENV)/bin/activate"
 
 $(VENV)/.dev: $(VENV)/.core infra/nodeps-eval.txt
-	$(PIP) install --quiet --constraint requirements.lock --editable '.[asr,eval,serve,demo,dev]'
+	$(PIP) install --quiet --constraint requirements.lock --editable '.[asr,eval,serve,demo,train,dev]'
 	$(PIP) install --quiet --no-deps --requirement infra/nodeps-eval.txt
 	@touch $@
 

@@ -42,6 +42,12 @@ _SAME_LOOPBACK = "[::ffff:127.0.0.1]"
 _GIB = 1 << 30
 
 
+KEEP_WORKERS = {"RAY_idle_worker_killing_time_threshold_ms": "300000"}
+"""For the environment of whatever starts Ray. By default Ray ends workers beyond one a CPU that were idle for a second,
+and starts new ones for the next tasks. Where tasks reserve less than a CPU, as ours that decode and phonemise do, that
+took a third of the machine: every new process imports its libraries and loads its dictionary again."""
+
+
 class ClusterError(RuntimeError):
     """The cluster cannot be started, found or stopped: says why, and what to do."""
 
@@ -225,7 +231,7 @@ def connect(num_cpus: int | None = None, object_store_memory: int | None = None)
         return Connection(None)
     _sweep()
     folder = _own_folder()
-    os.environ[_MARK] = folder
+    os.environ.update(KEEP_WORKERS | {_MARK: folder})
     # The workers import this project wherever the caller stands.
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     ray.init(
@@ -252,6 +258,7 @@ def _head_environment(mark: str) -> dict[str, str]:
     own_bin = str(Path(sys.executable).parent)
     return {
         **{name: value for name, value in os.environ.items() if name not in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")},
+        **KEEP_WORKERS,
         _MARK: mark,
         "RAY_AUTH_MODE": os.environ.get("RAY_AUTH_MODE", "disabled"),
         # On Linux, too, this is what makes every part of Ray listen on 127.0.0.1 alone.

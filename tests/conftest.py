@@ -11,6 +11,7 @@ from pathlib import Path
 import hypothesis
 import pytest
 
+from infra.cluster import KEEP_WORKERS
 from tests import ray_sessions
 
 # Before anything imports ray: no token file in HOME, no listener outside this machine, nothing reported to anybody.
@@ -22,6 +23,7 @@ os.environ.update(
     MLFLOW_SERVER_ENABLE_JOB_EXECUTION="false",
 )
 os.environ.setdefault("MPLBACKEND", "Agg")
+os.environ.update(KEEP_WORKERS)
 for name in ("RAY_ADDRESS", "RAY_JOB_CONFIG_JSON_ENV_VAR", "MLFLOW_RUN_ID"):
     os.environ.pop(name, None)
 

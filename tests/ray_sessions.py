@@ -9,11 +9,13 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from infra.cluster import KEEP_WORKERS
+
 
 @contextmanager
 def cluster_of(nodes: int) -> Iterator[None]:
     """Ray on this machine as a cluster of nodes of one CPU each; a lost one is noticed within seconds."""
-    os.environ |= {
+    os.environ |= KEEP_WORKERS | {
         "RAY_AUTH_MODE": "disabled",
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
         "RAY_USAGE_STATS_ENABLED": "0",
