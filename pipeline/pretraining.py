@@ -58,7 +58,7 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
         failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
     )
     with _stopping() as desk:
-        result = TorchTrainer(
+        TorchTrainer(
             _ray_worker,
             train_loop_config={"config": config, "desk": desk, "threads": cpus, "uri": _tracking_uri(config)},
             scaling_config=scaling,
@@ -67,7 +67,7 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
         ).fit()
         if error := ray.get(desk.given_up.remote()):
             raise PretrainError(error)
-    return result.metrics or {}
+        return ray.get(desk.results.remote())
 
 
 def resolve(config: PretrainConfig) -> PretrainConfig:
@@ -99,6 +99,11 @@ def open_index(config: PretrainConfig) -> TokenIndex:
 
     index = TokenIndex.open(config.data, config.cache_folder)
     index.require_codec(index.codec, config.codebooks)
+    if (size := config.sizes().codebook_size) != index.codec["codebook_size"]:
+        raise PretrainError(
+            f"model {config.model} has codebooks of {size}, {config.data} codes of {index.codec['codebook_size']}; set "
+            "codebook_size in a JSON file of sizes and name that as model"
+        )
     rate = index.codec["frame_rate"]
     return index.only(max(1, round(config.min_seconds * rate)), round(config.max_seconds * rate), min_phones=1)
 
@@ -125,10 +130,10 @@ def _tracking_uri(config: PretrainConfig) -> str:
 
 
 class _Desk:
-    """An actor between driver and workers: whether the run was asked to stop, and what no restart would mend."""
+    """An actor between driver and workers: whether to stop, what no restart would mend, what came out."""
 
     def __init__(self) -> None:
-        self.asked, self.error = False, None
+        self.asked, self.error, self.metrics = False, None, {}
 
     def ask(self) -> None:
         self.asked = True
@@ -141,6 +146,12 @@ class _Desk:
 
     def given_up(self) -> str | None:
         return self.error
+
+    def finish(self, metrics: dict[str, Any]) -> None:
+        self.metrics = metrics
+
+    def results(self) -> dict[str, Any]:
+        return self.metrics
 
 
 @contextmanager
@@ -203,7 +214,8 @@ def _ray_worker(settings: dict[str, Any]) -> None:
         if not _may_pass(error):
             ray.get(desk.give_up.remote(f"{type(error).__name__}: {error}"))
         raise
-    ray.train.report(metrics)
+    if context.get_world_rank() == 0:
+        ray.get(desk.finish.remote(metrics))
 
 
 def _may_pass(error: Exception) -> bool:

@@ -34,11 +34,11 @@ SIZES = {
 PHONES = ("AA1", "B", "K", "S", "T", "IY0", "M", "<space>")
 
 
-def write_tokens(folder: Path, samples: int = 60, count: int = 3, seed: int = 0) -> str:
+def write_tokens(folder: Path, samples: int = 60, count: int = 3, seed: int = 0, codebook_size: int = 32) -> str:
     """A finished dataset of `count` shards; each phone lasts some frames of codes that are its own."""
     rng = np.random.default_rng(seed)
     made = [[_sample(f"{shard:02d}-{n:03d}", rng) for n in range(samples // count)] for shard in range(count)]
-    write_samples(str(folder), made, IDENTITY, f"{seed:064d}")
+    write_samples(str(folder), made, IDENTITY | {"codebook_size": codebook_size}, f"{seed:064d}")
     return str(folder)
 
 

@@ -1,0 +1,35 @@
+"""Training and exporting as a user types it: the script is run as it is, and finds its demo by itself."""
+
+import json
+import subprocess
+import sys
+
+from model.checkpoint import load
+from tests.pipeline.speaking_tokens import write_tokens
+
+
+def test_the_job_trains_on_the_demo_as_typed_and_goes_on_with_more(checkout, submit):
+    write_tokens(checkout / "data" / "demo" / "tokens", codebook_size=1024)
+    demo = checkout / "infra" / "configs" / "pretrain" / "demo.yaml"
+    short = {"steps": "steps: 4", "save_every": "save_every: 2", "warmup": "warmup: 2", "min_seconds": ""}
+    lines = [short.get(line.partition(":")[0], line) for line in demo.read_text().splitlines()]
+    demo.write_text("\n".join([*lines, "min_seconds: 0.1", "evaluate_every: 4"]).replace("evaluate_every: 100\n", ""))
+    done = submit("jobs/pretrain.py")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    for part in ("step      4 loss", "grad_norm", "tokens/s", "mfu", "wait", "valid.loss", "pretrain: loss"):
+        assert part in done.stdout, part
+    _, card = load(checkout / "data" / "demo" / "model" / "export")
+    assert card.training["step"] == 4
+    words = ["--config", "infra/configs/pretrain/demo.yaml", "--text-dropout", "0.2"]
+    refused = submit("jobs/pretrain.py", "--", *words)
+    assert refused.returncode != 0 and "text_dropout: 0.1 → 0.2" in refused.stdout + refused.stderr
+
+
+def test_a_checkpoint_is_exported_as_typed(checkout):
+    run = checkout / "data" / "demo" / "model"
+    command = [sys.executable, "jobs/export.py", str(run / "checkpoints" / "step-00000002"), "--output", "out/two"]
+    done = subprocess.run(command, cwd=checkout, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    _, card = load(checkout / "out" / "two")
+    assert card.training["step"] == 2 and card.fingerprint in done.stdout
+    assert json.loads((checkout / "out" / "two" / "config.json").read_text())["codec"]["name"] == "random-codes"
