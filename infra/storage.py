@@ -13,12 +13,20 @@ import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 if TYPE_CHECKING:
     import fsspec
 
 _TEMPORARY = ".part-"
+
+
+def cache_folder() -> Path:
+    """Where this machine keeps what can be had again: `$LINA_RAY_CACHE`, or lina-ray in the user's cache folder."""
+    if chosen := os.environ.get("LINA_RAY_CACHE"):
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lina-ray"
 
 
 def is_local(url: str) -> bool:

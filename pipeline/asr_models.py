@@ -72,7 +72,7 @@ def model_folder(model: str, cache: Path | None = None) -> Path | str:
         TranscriptionUnavailable: a bundled model's package is missing or holds other bytes.
         OSError: the URL cannot be read.
     """
-    cache = cache or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lina-ray" / "asr"
+    cache = cache or storage.cache_folder() / "asr"
     if storage.is_local(model):
         local = Path(storage.absolute(model))
         if local.is_dir():

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
 import posixpath
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,11 +65,6 @@ def resolve(name: str = "encodec_24khz", weights: str | None = None) -> Resolved
     return _from_folder(name, None)
 
 
-def cache_folder() -> Path:
-    """`$LINA_RAY_CACHE`, or `~/.cache/lina-ray`."""
-    return Path(os.environ.get("LINA_RAY_CACHE") or Path.home() / ".cache" / "lina-ray")
-
-
 def _resolved(config: CodecConfig, weights: bytes, digest: str | None = None) -> ResolvedCodec:
     return ResolvedCodec(config, weights, Codec(config, weights, digest=digest).identity)
 
@@ -97,7 +91,7 @@ def _encodec_file(weights: str | None) -> bytes:
         except (OSError, ValueError, ImportError) as error:
             raise CodecError(f"--codec-weights {weights}: cannot be read ({error})") from None
         return _checked(content, f"--codec-weights {weights}")
-    cached = cache_folder() / posixpath.basename(ENCODEC_URL)
+    cached = storage.cache_folder() / posixpath.basename(ENCODEC_URL)
     if cached.exists():
         return _checked(cached.read_bytes(), f"{cached} (delete it to download it again)")
     try:

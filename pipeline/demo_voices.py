@@ -184,9 +184,7 @@ def _habits(random_: random.Random) -> dict[str, float]:
 
 
 def packs_folder() -> Path:
-    from pipeline.codec_weights import cache_folder
-
-    return cache_folder() / "kokoro-voices"
+    return storage.cache_folder() / "kokoro-voices"
 
 
 def load_packs() -> dict[str, np.ndarray]:

@@ -112,9 +112,7 @@ class PretrainConfig:
     @property
     def cache_folder(self) -> str:
         """Where a remote dataset's shards and its index are kept on this machine."""
-        from pipeline.codec_weights import cache_folder
-
-        return self.cache or str(cache_folder() / "tokens")
+        return self.cache or str(storage.cache_folder() / "tokens")
 
     @property
     def zero_stage(self) -> int:

@@ -93,7 +93,8 @@ def test_real_weights_give_the_published_codes(shared_data: Path) -> None:
     import soundfile
     import soxr
 
-    from pipeline.codec_weights import ENCODEC_URL, cache_folder, resolve
+    from infra.storage import cache_folder
+    from pipeline.codec_weights import ENCODEC_URL, resolve
 
     weights = os.environ.get("ENCODEC_WEIGHTS") or str(cache_folder() / Path(ENCODEC_URL).name)
     if not Path(weights).exists() or not (shared_data / "encodec-golden").exists():
