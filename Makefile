@@ -1,5 +1,5 @@
 # make install            the environment: .venv with what jobs and the demo need
-# make demo               a small corpus, synthesised, tokenized, and its card
+# make demo               a small corpus, synthesised, tokenized, its card, and a short training run on it
 # make cluster            a Ray cluster of this machine, on loopback, for `ray job submit`; make cluster-stop ends it
 # make test [ARGS=…]      everything that pytest finds, with the tests' own dependencies added
 # make bench, make lint, make lock, make clean
@@ -42,6 +42,7 @@ demo: $(VENV)/.core
 	$(PY) jobs/make_demo_corpus.py
 	$(PY) jobs/tokenize.py $(ARGS)
 	@cat data/demo/tokens/README.md
+	$(PY) jobs/pretrain.py
 
 cluster: $(VENV)/.core
 	@$(PY) -m infra.cluster start $(ARGS)

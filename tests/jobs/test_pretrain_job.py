@@ -4,6 +4,8 @@ import json
 import subprocess
 import sys
 
+import yaml
+
 from model.checkpoint import load
 from tests.pipeline.speaking_tokens import write_tokens
 
@@ -11,9 +13,8 @@ from tests.pipeline.speaking_tokens import write_tokens
 def test_the_job_trains_on_the_demo_as_typed_and_goes_on_with_more(checkout, submit):
     write_tokens(checkout / "data" / "demo" / "tokens", codebook_size=1024)
     demo = checkout / "infra" / "configs" / "pretrain" / "demo.yaml"
-    short = {"steps": "steps: 4", "save_every": "save_every: 2", "warmup": "warmup: 2", "min_seconds": ""}
-    lines = [short.get(line.partition(":")[0], line) for line in demo.read_text().splitlines()]
-    demo.write_text("\n".join([*lines, "min_seconds: 0.1", "evaluate_every: 4"]).replace("evaluate_every: 100\n", ""))
+    short = {"steps": 4, "save_every": 2, "evaluate_every": 4, "warmup": 2, "min_seconds": 0.1}
+    demo.write_text(yaml.safe_dump(yaml.safe_load(demo.read_text()) | short))
     done = submit("jobs/pretrain.py")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     for part in ("step      4 loss", "grad_norm", "tokens/s", "mfu", "wait", "valid.loss", "pretrain: loss"):
