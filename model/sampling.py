@@ -18,6 +18,7 @@ from model.cross_attention import TextMemory
 from model.delay import BOS, EOS, OFFSET, begun, undelayed
 from model.lina import Lina, LinaState
 from model.lina_config import ModelError
+from model.rows import taken
 
 
 @dataclass(frozen=True)
@@ -226,13 +227,3 @@ def _mixed(word: torch.Tensor) -> torch.Tensor:
     word = ((word ^ (word >> 16)) * 0x7FEB352D) & _WORD
     word = ((word ^ (word >> 15)) * 0x846CA68B) & _WORD
     return word ^ (word >> 16)
-
-
-def taken(progress, rows: torch.Tensor):
-    """The given rows, int [R], of a progress or anything in it."""
-    if isinstance(progress, torch.Tensor):
-        return progress[rows]
-    if progress is None:
-        return None
-    parts = [taken(part, rows) for part in progress]
-    return type(progress)(*parts) if hasattr(progress, "_fields") else tuple(parts)
