@@ -35,9 +35,10 @@ def main() -> int:
     from infra import cluster
     from infra.cluster import ClusterError
     from infra.tracking import TrackingError
-    from pipeline.pretraining import PretrainError, pretrain
+    from pipeline.pretraining import pretrain
     from pipeline.token_index import DataError
     from pipeline.training_checkpoints import CheckpointError
+    from pipeline.training_data import PretrainError
 
     try:
         with cluster.connect():

@@ -1,4 +1,4 @@
-"""Pretraining on Ray Train: workers that step together through DeepSpeed, and a driver that starts and stops them.
+"""Pretraining on Ray Train: the driver, which starts workers, hands SIGTERM on, and says what came out.
 
     <output>/checkpoints/      see pipeline.training_checkpoints
     <output>/export/           the portable model, made at the end of the run
@@ -10,28 +10,18 @@ A step is a function of (dataset, config, step, checkpoint), so a run that was k
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import signal
 import sys
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from infra import storage, tracking
 from model.lina_config import PRESETS
+from pipeline.model_export import EXPORT
 from pipeline.pretrain_config import PretrainConfig
-
-if TYPE_CHECKING:
-    import torch
-
-    from pipeline.schedule import Schedule
-    from pipeline.token_index import TokenIndex
-    from pipeline.training_checkpoints import Checkpoint
-    from pipeline.training_engine import Engine, StepResult
-
-
-class PretrainError(RuntimeError):
-    """A run that cannot start or go on: says why, and what to do."""
+from pipeline.training_checkpoints import CheckpointError, newest
+from pipeline.training_data import PretrainError, open_index, require_same, schedule_of
 
 
 def pretrain(config: PretrainConfig) -> dict[str, Any]:
@@ -46,7 +36,10 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
     from ray.train.torch import TorchConfig, TorchTrainer
 
     config = resolve(config)
-    check(config)
+    exported = storage.join(config.output, EXPORT, "config.json")
+    if nothing_left(config) and storage.exists(exported):
+        print(f"pretrain: nothing is left of {config.steps:,} steps; the model is {exported}")
+        return {}
     cuda = device_of(config) == "cuda"
     cpus = config.threads or (4 if cuda else max(1, int(ray.cluster_resources().get("CPU", 1)) // config.workers))
     scaling = ray.train.ScalingConfig(
@@ -79,40 +72,19 @@ def resolve(config: PretrainConfig) -> PretrainConfig:
     )
 
 
-def check(config: PretrainConfig) -> None:
-    """What can be known before any worker starts. Raises DataError, PretrainError, CheckpointError."""
-    from pipeline.training_checkpoints import newest
+def nothing_left(config: PretrainConfig) -> bool:
+    """Whether the run has been to its end; refuses what can be known to be wrong before any worker starts.
+
+    Raises:
+        DataError, PretrainError, CheckpointError.
+    """
 
     index = open_index(config)
     schedule_of(config, index).require_world(config.workers)
     found = newest(config.output)
-    if found is None:
-        return
-    _require_same(found, config, index)
-    if found.step >= config.steps:
-        print(f"pretrain: {found.url} is of step {found.step:,}; nothing is left of {config.steps:,}")
-
-
-def open_index(config: PretrainConfig) -> TokenIndex:
-    """The dataset's index, within the limits on length; checked against the model's sizes."""
-    from pipeline.token_index import TokenIndex
-
-    index = TokenIndex.open(config.data, config.cache_folder)
-    index.require_codec(index.codec, config.codebooks)
-    if (size := config.sizes().codebook_size) != index.codec["codebook_size"]:
-        raise PretrainError(
-            f"model {config.model} has codebooks of {size}, {config.data} codes of {index.codec['codebook_size']}; set "
-            "codebook_size in a JSON file of sizes and name that as model"
-        )
-    rate = index.codec["frame_rate"]
-    return index.only(max(1, round(config.min_seconds * rate)), round(config.max_seconds * rate), min_phones=1)
-
-
-def schedule_of(config: PretrainConfig, index: TokenIndex) -> Schedule:
-    from pipeline.schedule import Schedule
-
-    train, _ = index.split(config.valid_fraction)
-    return Schedule(train, config.seed, config.budget, config.codebooks, config.accumulate)
+    if found is not None:
+        require_same(found, config, index)
+    return found is not None and found.step >= config.steps
 
 
 def device_of(config: PretrainConfig) -> str:
@@ -208,6 +180,8 @@ def _ray_worker(settings: dict[str, Any]) -> None:
 
     if ray.get(desk.given_up.remote()):
         return
+    from pipeline.training_loop import train
+
     try:
         metrics = train(settings["config"], ray.train.torch.get_device(), settings["uri"], asked_to_stop)
     except Exception as error:
@@ -220,156 +194,4 @@ def _ray_worker(settings: dict[str, Any]) -> None:
 
 def _may_pass(error: Exception) -> bool:
     """Whether starting the workers again may help: a lost peer, memory or storage, not what would come again."""
-    from pipeline.training_checkpoints import CheckpointError
-
     return isinstance(error, RuntimeError | OSError) and not isinstance(error, PretrainError | CheckpointError)
-
-
-def train(config: PretrainConfig, device: torch.device, uri: str, asked_to_stop=lambda: False) -> dict[str, Any]:
-    """One worker's part of a run, within an initialised process group; returns the last step's numbers."""
-    import torch
-    import torch.distributed as dist
-
-    from pipeline import training_checkpoints as checkpoints
-    from pipeline.training_engine import Engine
-
-    torch.use_deterministic_algorithms(device.type == "cpu")
-    rank, world, run = dist.get_rank(), dist.get_world_size(), config.output
-    index = open_index(config)
-    start = [checkpoints.prepare(run, world, config.zero_stage) if rank == 0 else None]
-    dist.broadcast_object_list(start)
-    resumed = start[0]
-    bf16 = config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda")
-    engine = Engine(config, device, bf16, load_universal=bool(resumed and resumed[1]))
-    if resumed:
-        _require_same(resumed[0], config, index)
-        checkpoints.load(engine, resumed[0])
-    known = tracking.known_run(run) if rank == 0 else None
-    tags = {"dataset": index.digest, "codec": index.codec["name"], "codec_digest": index.codec["digest"]}
-    with tracking.track(
-        config.experiment, config.name, config, tags, known, uri if rank == 0 else "none", system_metrics=rank == 0
-    ) as tracked:
-        if rank == 0:
-            tracking.remember_run(run, tracked)
-            tracked.log_input(os.path.basename(config.data), index.digest, config.data, "training")
-        return _Loop(config, engine, index, tracked, asked_to_stop).run(resumed[0].step if resumed else 0)
-
-
-class _Loop:
-    """Steps, lines of the log, checkpoints, validations."""
-
-    def __init__(self, config: PretrainConfig, engine: Engine, index: TokenIndex, tracked: Any, asked_to_stop) -> None:
-        from infra.hardware import peak_flops
-        from pipeline.training_log import StepLog
-
-        self.config, self.engine, self.index, self.run_ = config, engine, index, tracked
-        self.asked_to_stop, self.folder = asked_to_stop, config.output
-        self.first = engine.rank == 0
-        peak = peak_flops(engine.device, engine.bf16) * engine.world if self.first else 1.0
-        self.log = StepLog(config, peak, engine.device, tracked, self.folder) if self.first else None
-        self.skipped = 0
-
-    def run(self, step: int) -> dict[str, Any]:
-        from pipeline.loader import Loader
-
-        config, engine = self.config, self.engine
-        schedule = schedule_of(config, self.index)
-        loader = Loader(
-            schedule,
-            rank=engine.rank,
-            world=engine.world,
-            start_step=step,
-            stop_step=config.steps,
-            prefetch=config.prefetch,
-            cache=config.cache_folder,
-            max_bad_samples=config.max_bad_samples,
-        )
-        result: StepResult | None = None
-        saved = step
-        with loader:
-            for step, micro_batches, waited in loader:
-                batches = [micro.batch if micro.rows.size else None for micro in micro_batches]
-                result = engine.step(step, batches, self.asked_to_stop())
-                done = step + 1
-                if self.log:
-                    self.log.line(done, result, self.index, schedule.batch(step), waited, len(loader.bad))
-                self._refuse_endless_skipping(result, done)
-                last = done == config.steps or result.stop
-                if done % config.evaluate_every == 0 or done == config.steps:
-                    self._evaluate(done)
-                if done % config.save_every == 0 or last:
-                    self._save(done)
-                    saved = done
-                if result.stop:
-                    break
-        if saved >= config.steps:
-            self._finish(saved)
-        return self.log.latest if self.log else {}
-
-    def _refuse_endless_skipping(self, result: StepResult, step: int) -> None:
-        self.skipped = self.skipped + 1 if result.skipped else 0
-        if self.skipped >= self.config.max_skipped:
-            raise PretrainError(
-                f"{self.skipped} steps in a row, to step {step}, had gradients that were not finite or more than "
-                f"{self.config.explode:g} times the usual; lower learning_rate, or go back to an earlier checkpoint by "
-                f"removing later ones in {self.folder}/checkpoints"
-            )
-
-    def _evaluate(self, step: int) -> None:
-        from pipeline.validation import validate
-
-        metrics = validate(self.config, self.engine, self.index, self.run_, step)
-        if self.log and metrics:
-            self.log.validation(step, metrics)
-
-    def _save(self, step: int) -> None:
-        from pipeline import training_checkpoints as checkpoints
-
-        checkpoints.save(self.engine, self.folder, step, self._facts(), self.config.keep)
-
-    def _facts(self) -> dict[str, Any]:
-        from pipeline.phonemes import INVENTORY
-
-        return {
-            "identity": self.config.identity(),
-            "dataset": self.index.digest,
-            "run_id": self.run_.run_id,
-            "model": {
-                "sizes": self.config.sizes().to_dict(),
-                "inventory": list(INVENTORY),
-                "codec": self.index.codec,
-                "training": {
-                    "name": self.config.name,
-                    "dataset": self.index.digest,
-                    "run_id": self.run_.run_id,
-                    "config": self.config.identity(),
-                },
-            },
-        }
-
-    def _finish(self, step: int) -> None:
-        """The portable model beside the checkpoints, and in MLflow's registry."""
-        if not self.first:
-            return
-        from pipeline import model_export
-        from pipeline.training_log import tell
-
-        output = storage.join(self.folder, model_export.EXPORT)
-        card = model_export.export(model_export.find(self.folder), output)
-        tell(f"pretrain: the model of step {step:,} is in {output}, fingerprint {card.fingerprint[:16]}")
-        self.run_.set_tags({"fingerprint": card.fingerprint})
-        self.run_.log_artifact(output, "export" if not storage.is_local(output) else None)
-        self.run_.register_model(self.config.name, "export", {"fingerprint": card.fingerprint, "step": str(step)})
-
-
-def _require_same(found: Checkpoint, config: PretrainConfig, index: TokenIndex) -> None:
-    """Raises PretrainError where a checkpoint is of another dataset or another recipe, with what differs."""
-    before, now = found.facts["identity"], json.loads(json.dumps(config.identity()))
-    differing = [f"{name}: {before.get(name)} → {now[name]}" for name in now if before.get(name) != now[name]]
-    if found.facts["dataset"] != index.digest:
-        differing.insert(0, f"dataset: {found.facts['dataset'][:12]}… → {index.digest[:12]}…")
-    if differing:
-        raise PretrainError(
-            f"{config.output} holds a run with other settings ({'; '.join(differing)}); choose another --output, or "
-            "take these back"
-        )

@@ -1,0 +1,45 @@
+"""What a run trains on, and whether a checkpoint belongs to it: known before any worker starts."""
+
+from __future__ import annotations
+
+import json
+
+from pipeline.pretrain_config import PretrainConfig
+from pipeline.schedule import Schedule
+from pipeline.token_index import TokenIndex
+from pipeline.training_checkpoints import Checkpoint
+
+
+class PretrainError(RuntimeError):
+    """A run that cannot start or go on: says why, and what to do."""
+
+
+def open_index(config: PretrainConfig) -> TokenIndex:
+    """The dataset's index, within the limits on length; checked against the model's sizes."""
+    index = TokenIndex.open(config.data, config.cache_folder)
+    index.require_codec(index.codec, config.codebooks)
+    if (size := config.sizes().codebook_size) != index.codec["codebook_size"]:
+        raise PretrainError(
+            f"model {config.model} has codebooks of {size}, {config.data} codes of {index.codec['codebook_size']}; set "
+            "codebook_size in a JSON file of sizes and name that as model"
+        )
+    rate = index.codec["frame_rate"]
+    return index.only(max(1, round(config.min_seconds * rate)), round(config.max_seconds * rate), min_phones=1)
+
+
+def schedule_of(config: PretrainConfig, index: TokenIndex) -> Schedule:
+    train, _ = index.split(config.valid_fraction)
+    return Schedule(train, config.seed, config.budget, config.codebooks, config.accumulate)
+
+
+def require_same(found: Checkpoint, config: PretrainConfig, index: TokenIndex) -> None:
+    """Raises PretrainError where a checkpoint is of another dataset or another recipe, with what differs."""
+    before, now = found.facts["identity"], json.loads(json.dumps(config.identity()))
+    differing = [f"{name}: {before.get(name)} → {now[name]}" for name in now if before.get(name) != now[name]]
+    if found.facts["dataset"] != index.digest:
+        differing.insert(0, f"dataset: {found.facts['dataset'][:12]}… → {index.digest[:12]}…")
+    if differing:
+        raise PretrainError(
+            f"{config.output} holds a run with other settings ({'; '.join(differing)}); choose another --output, or "
+            "take these back"
+        )
