@@ -100,6 +100,11 @@ class Synthesizer:
         return len(self._lines)
 
     @property
+    def pieces_left(self) -> int:
+        """Pieces of lines that are not done."""
+        return sum(said is None for line in self._lines.values() for said in line.said)
+
+    @property
     def room(self) -> int:
         """How many more pieces could be spoken now."""
         return max(0, self.rows - len(self._batch) - len(self._queue))

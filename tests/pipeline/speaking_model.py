@@ -7,11 +7,14 @@ from pathlib import Path
 
 import torch
 
-from model.checkpoint import ModelCard, save
+from model.checkpoint import ModelCard, load, save
 from model.codec import Codec
 from model.codec_config import ENCODEC_24KHZ
+from model.initial_state import shapes
 from model.lina import Lina
 from model.lina_config import LinaConfig
+from model.voice_file import Voice
+from model.voice_file import save as save_voice
 from pipeline.phonemes import INVENTORY
 from tests.pipeline.speaking_tokens import SIZES
 
@@ -36,3 +39,13 @@ def write_speaker(folder: Path, seed: int = 0, ends: float = 0.5) -> tuple[str, 
         model.heads.weight[2, 0] = ends
     save(model, ModelCard(sizes, INVENTORY, codec.identity, {"note": "random weights, for tests"}), folder / "model")
     return str(folder / "model"), str(folder / "codec")
+
+
+def write_voice(file: Path, model: str, seed: int = 0) -> str:
+    """A voice of a model in the folder `model`, with random factors."""
+    _, card = load(model)
+    generator = torch.Generator().manual_seed(seed)
+    factors = {name: torch.randn(shape, generator=generator) for name, shape in shapes(card.sizes, 1).items()}
+    consent = {"who": "Ann Example", "when": "2025-03-01", "scope": "tests"}
+    save_voice(Voice(file.stem, factors, 1, 1.0, card.fingerprint, {}, consent), file)
+    return str(file)

@@ -1,0 +1,43 @@
+"""Voice files (`model.voice_file`) as the voices of a synthesizer."""
+
+from __future__ import annotations
+
+import hashlib
+
+from infra import storage
+from model.checkpoint import ModelCard
+from model.initial_state import memories
+from model.voice_file import VoiceError, unpack
+from pipeline.speech_lines import Voice
+
+_LONGEST_CONSENT = 300
+"""Characters of the consent record that go into every file of speech; the voice's file has all of it."""
+
+
+def read_voice(url: str, card: ModelCard, name: str | None = None) -> Voice:
+    """A voice that can be spoken with.
+
+    Args:
+        url: of its file, local or any fsspec URL.
+        card: of the model that it must belong to.
+        name: what it is called; None takes the speaker's name from the file.
+
+    Raises:
+        VoiceError (a ModelError): no file, a damaged one, or a voice of another model.
+    """
+    try:
+        content = storage.read_bytes(url)
+    except (OSError, ValueError, ImportError) as error:
+        raise VoiceError(f"voice {url} cannot be read ({error})") from None
+    try:
+        file = unpack(content, card.sizes, card.fingerprint)
+    except VoiceError as error:
+        raise VoiceError(f"{url}: {error}") from None
+    dense = memories(file.factors, file.scale)
+    return Voice(
+        name or file.speaker,
+        [memory[None] for memory in dense.layers],
+        None if dense.position is None else dense.position[None],
+        "{who}, {when}: {scope}".format(**file.consent)[:_LONGEST_CONSENT],
+        hashlib.sha256(content).hexdigest(),
+    )

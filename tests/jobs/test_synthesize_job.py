@@ -1,0 +1,188 @@
+"""Speech as a user types for it: one text, and a script in bulk that is interrupted and goes on."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from model.checkpoint import read_card
+from pipeline import bulk_synthesis
+from pipeline.bulk_synthesis import codec_of
+from pipeline.plan import PlanError
+from pipeline.scripts import ScriptError
+from pipeline.speaking_voices import read_voice
+from pipeline.speech_files import decode
+from pipeline.speech_lines import Line, derived
+from pipeline.speech_stage import synthesizer_of
+from pipeline.synthesis import read_model
+from pipeline.synthesize_config import SynthesizeConfig
+from tests.pipeline.speaking_model import write_speaker, write_voice
+
+TEXTS = [
+    "The boat sailed past.",
+    "Seven birds sang about rain. Was it a quiet green island?",
+    "Old stone walls, nothing else.",
+]
+
+
+@pytest.fixture(scope="module")
+def speaker(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("speaker")
+    model, codec = write_speaker(folder, ends=1.5)
+    write_voice(folder / "voices" / "home" / "ann.safetensors", model)
+    other, _ = write_speaker(folder / "other", seed=1)
+    write_voice(folder / "voices" / "foreign.safetensors", other)
+    return ["--model", model, "--codec", codec, "--voice", str(folder / "voices/home/ann.safetensors")]
+
+
+def typed(project, folder, *words):
+    command = [sys.executable, str(project / "jobs" / "synthesize.py"), *words]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=240)
+
+
+def test_a_text_becomes_a_file_that_says_what_it_is(project, speaker, tmp_path):
+    words = ["--text", TEXTS[1], "--out", "out/x.flac", "--seed", "3", "--retries", "1", *speaker]
+    done = typed(project, tmp_path, *words)
+    assert done.returncode == 3, done.stderr[-2000:]  # a model that has learnt nothing fails, and that is told
+    assert "out/x.flac" in done.stdout and "faults: " in done.stdout and "sentences" in done.stderr
+    samples, rate, told = decode((tmp_path / "out/x.flac").read_bytes())
+    assert rate == 24_000 and len(samples) > 2400 and told.synthetic and told.text == TEXTS[1]
+    assert told.model == read_card(Path(speaker[1], "config.json").read_bytes()).fingerprint
+    assert told.voice == "ann" and told.consent == "Ann Example, 2025-03-01: tests"
+    assert told.details["seed"] == 3 and told.details["report"]["attempts"] == 4
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (["--text", "Hello.", "--out", "x.mp3"], "x.mp3: speech is written as .wav, .flac, .opus"),
+        (["--text", "🎉"], "not-speakable"),
+        (["--text", "Hello.", "--codec", "demo"], "belongs to another codec"),
+        (["--text", "Hello.", "--temperature", "-1"], "temperature must be"),
+        (["--text", "Hello.", "--model", "nowhere"], "nowhere is no model"),
+        (["--text", "Hello.", "--voice", "no.safetensors"], "voice no.safetensors cannot be read"),
+        (["--text", "Hello.", "--script", "x"], "either --text or --script"),
+    ],
+)
+def test_wrong_commands_are_refused(monkeypatch, capsys, speaker, tmp_path, words, reason):
+    from jobs import synthesize
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["synthesize", *speaker, *words])
+    try:
+        code = synthesize.main()
+    except SystemExit as error:
+        code = error.code
+    assert code == 2 and reason in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_an_embedded_model_one_is_to_be_named(monkeypatch, capsys, tmp_path):
+    from jobs import synthesize
+
+    monkeypatch.setattr(synthesize, "DEMO_MODEL", SynthesizeConfig(text="x").model)
+    monkeypatch.setattr(synthesize.os.path, "isdir", lambda path: False)
+    monkeypatch.setattr(sys, "argv", ["synthesize", "--text", "Hello."])
+    assert synthesize.main() == 2
+    assert "no embedded model; name an exported one with --model" in capsys.readouterr().err
+
+
+def config(speaker, folder, **changes) -> SynthesizeConfig:
+    values = {"script": str(folder / "lines.jsonl"), "output": str(folder / "wavs"), "device": "cpu", "retries": 0}
+    values |= {"chunk": 4, "rows": 3, "model": speaker[1], "codec": speaker[3], "actors": 1}
+    values["voices"] = str(Path(speaker[5]).parents[1])
+    return SynthesizeConfig(**values | changes)
+
+
+def write_script(folder, count: int = 10):
+    rows = [{"id": f"book/{n}.a", "text": TEXTS[n % 3], "voice": ["", "home/ann"][n % 2]} for n in range(count)]
+    lines = [json.dumps(row) for row in rows]
+    lines[2:2] = ["no json", '{"id": "../up", "text": "x"}', '{"text": "x"}', "", lines[0], '{"id": "silent"}']
+    lines.append('{"id": "emoji", "text": "🎉"}')
+    for voice in ("nobody", "foreign", "../home/ann"):
+        lines.append(json.dumps({"id": f"zoë, {voice[:3]}", "text": "Rain.", "voice": voice}))
+    (folder / "lines.jsonl").write_text("\n".join(lines) + "\n")
+
+
+def perform(config: SynthesizeConfig):
+    bulk = bulk_synthesis.plan(config)
+    rows = []
+    bulk_synthesis.run(bulk, rows.extend)
+    return bulk_synthesis.finish(bulk), rows
+
+
+def files(folder):
+    return {str(path.relative_to(folder)): path.stat().st_mtime_ns for path in folder.rglob("*.wav")}
+
+
+def test_a_script_in_bulk_is_resumed(local_ray, speaker, tmp_path):
+    write_script(tmp_path)
+    summary, rows = perform(config(speaker, tmp_path))
+    wanted = {f"book/{n}%2Ea.wav" for n in range(10)}
+    output = tmp_path / "wavs"
+    made = files(output)
+    assert set(made) == wanted and len(rows) == 14
+    assert summary["lines"] == 19 and summary["spoken"] == 10 and summary["attempts"] == summary["pieces"] == 13
+    assert summary["rejects"] == {
+        "phonemise/not-speakable": 1,
+        "script/bad-id": 2,
+        "script/duplicate-id": 1,
+        "script/no-text": 1,
+        "script/not-json": 1,
+        "voice/bad-voice": 1,
+        "voice/unknown-voice": 1,
+        "voice/unusable-voice": 1,
+    }
+    manifest = [json.loads(line) for line in (output / "manifest.jsonl").read_text().splitlines()]
+    assert [row["id"] for row in manifest] == [f"book/{n}.a" for n in range(10)]
+    quarantine = [json.loads(line) for line in (output / "quarantine.jsonl").read_text().splitlines()]
+    assert {row.get("where") for row in quarantine} >= {"lines.jsonl:3", "lines.jsonl:4"} and len(quarantine) == 9
+    heard = {row["id"]: decode((output / row["file"]).read_bytes()) for row in manifest}
+    assert all(row["seconds"] == pytest.approx(len(heard[row["id"]][0]) / 24_000, abs=1e-3) for row in manifest)
+    assert [heard[row["id"]][2].voice for row in manifest] == ["", "home/ann"] * 5
+    assert heard["book/1.a"][2].consent and not heard["book/0.a"][2].consent
+    assert bulk_synthesis.bad_fraction(summary) == (9 + summary["failed"]) / 19
+
+    assert perform(config(speaker, tmp_path)) == (summary, [])
+    # Killed before a chunk was done, with one file half written: the others are kept, down to their bytes.
+    (first,) = output.glob(".synthesis/000000-*.jsonl")
+    first.unlink()
+    damaged = output / "book/1%2Ea.wav"
+    whole = damaged.read_bytes()
+    damaged.write_bytes(whole[: len(whole) // 8])
+    assert perform(config(speaker, tmp_path))[0] == summary
+    assert damaged.read_bytes() == whole
+    after = files(output)
+    assert {name for name in after if after[name] != made[name]} == {"book/1%2Ea.wav"}
+
+    # A line that was changed, and one that was added.
+    script = (tmp_path / "lines.jsonl").read_text().replace(TEXTS[0], "The boat sank.", 1)
+    (tmp_path / "lines.jsonl").write_text(script + '{"id": "more", "text": "Rain again."}\n')
+    longer, _ = perform(config(speaker, tmp_path))
+    changed = files(output)
+    assert longer["spoken"] == 11
+    assert {n for n in changed if changed[n] != after.get(n)} == {"more.wav", "book/0%2Ea.wav"}
+    with pytest.raises(PlanError, match="seed: 0 → 5"):
+        bulk_synthesis.plan(config(speaker, tmp_path, seed=5))
+    with pytest.raises(ScriptError, match=r"no\.jsonl cannot be read"):
+        bulk_synthesis.plan(config(speaker, tmp_path, script=str(tmp_path / "no.jsonl"), output=str(tmp_path / "n")))
+
+
+def test_bulk_says_what_each_line_says_alone(local_ray, speaker, tmp_path):
+    write_script(tmp_path, 5)
+    asked = config(speaker, tmp_path, dtype="float64", format="flac", chunk=50)
+    summary, _ = perform(asked)
+    assert summary["spoken"] == 5
+    files = read_model(asked.model)
+    synthesizer = synthesizer_of(asked, files, codec_of(asked, files))
+    voice = read_voice(speaker[5], synthesizer.card)
+    for number in range(5):
+        line = Line(TEXTS[number % 3], voice if number % 2 else None, derived(asked.seed, f"book/{number}.a"))
+        alone = synthesizer.say(line)
+        samples, _, _ = decode((tmp_path / f"wavs/book/{number}%2Ea.flac").read_bytes())
+        assert np.abs(samples - np.clip(alone.samples, -1, 1)).max() < 1e-4
