@@ -131,7 +131,7 @@ def run(bulk: BulkPlan, on_rows: Callable[[list[dict[str, Any]]], None]) -> None
 def finish(bulk: BulkPlan) -> dict[str, Any]:
     """Writes manifest, quarantine and summary of a script that is all done; returns the summary."""
     total, output = Counter(), bulk.config.output
-    faults, rejects = Counter(), Counter(bulk.survey.rejects)
+    faults, rejects, folders = Counter(), Counter(bulk.survey.rejects), {""}
     with tempfile.TemporaryDirectory() as folder:
         names = ("manifest.jsonl", "quarantine.jsonl")
         manifest, quarantine = (Path(folder, name) for name in names)
@@ -148,6 +148,7 @@ def finish(bulk: BulkPlan) -> dict[str, Any]:
                     else:
                         total.update(spoken=1, failed=bool(row["faults"]), **{n: row[n] for n in _SUMS})
                         faults.update(row["faults"])
+                        folders.add(row["file"].rpartition("/")[0])
                     (bad if "reason" in row else made).write(line + "\n")
         for name in names:
             storage.upload(str(Path(folder, name)), storage.join(output, name))
@@ -159,7 +160,7 @@ def finish(bulk: BulkPlan) -> dict[str, Any]:
         "settings": bulk.settings,
     }
     storage.write_text(storage.join(output, "summary.json"), json.dumps(summary, indent=2) + "\n")
-    _remove_outdated(bulk)
+    _remove_outdated(bulk, folders)
     return summary
 
 
@@ -223,10 +224,12 @@ def _claim(output: str, settings: dict[str, Any]) -> None:
         )
 
 
-def _remove_outdated(bulk: BulkPlan) -> None:
+def _remove_outdated(bulk: BulkPlan, folders: set[str]) -> None:
     """Takes away what became of chunks that are not in the script any more, and what killed writers left."""
     folder = storage.join(bulk.config.output, FOLDER)
-    storage.remove_leftovers(folder)
+    # Only local files are written under temporary names.
+    for name in sorted({*folders, FOLDER}) if storage.is_local(folder) else ():
+        storage.remove_leftovers(storage.join(bulk.config.output, name))
     for name in storage.names(folder):
         if name.endswith(".jsonl") and name.removesuffix(".jsonl") not in bulk.survey.chunks:
             storage.remove(storage.join(folder, name))

@@ -149,7 +149,8 @@ class Synthesizer:
     ) -> Iterator[tuple[Hashable, Spoken | Unusable | ModelError]]:
         """Says lines, of which as many are taken from the iterable as there is room for; gives each as it is done.
 
-        Lines that cannot be said are given back as the exception that says why.
+        Lines that cannot be said are given back as the exception that says why. Nothing else may be submitted
+        meanwhile, and the iterator is to be used up.
         """
         waiting, more = iter(lines), True
         while more or len(self):

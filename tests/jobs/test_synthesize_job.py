@@ -92,6 +92,13 @@ def test_without_an_embedded_model_one_is_to_be_named(monkeypatch, capsys, tmp_p
     assert "no embedded model; name an exported one with --model" in capsys.readouterr().err
 
 
+def test_help_does_not_wait_for_heavy_libraries(project):
+    code = "import sys; sys.argv = ['x', '--help']\ntry:\n import jobs.synthesize as s; s.main()\n"
+    code += "except SystemExit: print(sorted({'torch', 'ray', 'numpy', 'pyarrow', 'nltk'} & set(sys.modules)))"
+    shown = subprocess.run([sys.executable, "-c", code], cwd=project, capture_output=True, text=True, timeout=60)
+    assert shown.stdout.strip().endswith("[]") and "--script" in shown.stdout, shown.stdout[-300:] + shown.stderr
+
+
 def config(speaker, folder, **changes) -> SynthesizeConfig:
     values = {"script": str(folder / "lines.jsonl"), "output": str(folder / "wavs"), "device": "cpu", "retries": 0}
     values |= {"chunk": 4, "rows": 3, "model": speaker[1], "codec": speaker[3], "actors": 1}
@@ -149,24 +156,23 @@ def test_a_script_in_bulk_is_resumed(local_ray, speaker, tmp_path):
     assert bulk_synthesis.bad_fraction(summary) == (9 + summary["failed"]) / 19
 
     assert perform(config(speaker, tmp_path)) == (summary, [])
-    # Killed before a chunk was done, with one file half written: the others are kept, down to their bytes.
-    (first,) = output.glob(".synthesis/000000-*.jsonl")
-    first.unlink()
+    # Interrupted before a chunk was done; a file cut off; a line that was changed, and one that was added.
+    (chunk,) = output.glob(".synthesis/000001-*.jsonl")
+    chunk.unlink()
     damaged = output / "book/1%2Ea.wav"
     whole = damaged.read_bytes()
     damaged.write_bytes(whole[: len(whole) // 8])
-    assert perform(config(speaker, tmp_path))[0] == summary
-    assert damaged.read_bytes() == whole
-    after = files(output)
-    assert {name for name in after if after[name] != made[name]} == {"book/1%2Ea.wav"}
-
-    # A line that was changed, and one that was added.
+    (output / "book/.2.wav.part-0badcafe").write_bytes(b"left by a killed writer")
     script = (tmp_path / "lines.jsonl").read_text().replace(TEXTS[0], "The boat sank.", 1)
     (tmp_path / "lines.jsonl").write_text(script + '{"id": "more", "text": "Rain again."}\n')
-    longer, _ = perform(config(speaker, tmp_path))
-    changed = files(output)
-    assert longer["spoken"] == 11
-    assert {n for n in changed if changed[n] != after.get(n)} == {"more.wav", "book/0%2Ea.wav"}
+    longer, rows = perform(config(speaker, tmp_path))
+    after = files(output)
+    assert longer["spoken"] == 11 and len(rows) == 15 - 4  # one chunk of four is as it was
+    assert {n for n in after if after[n] != made.get(n)} == {"more.wav", "book/0%2Ea.wav", "book/1%2Ea.wav"}
+    assert damaged.read_bytes() == whole and not list(output.rglob("*.part-*"))
+    assert chunk.exists() and len(list(output.glob(".synthesis/*.jsonl"))) == 4
+    manifest = [json.loads(line) for line in (output / "manifest.jsonl").read_text().splitlines()]
+    assert [row["text"] for row in manifest][::10] == ["The boat sank.", "Rain again."]
     with pytest.raises(PlanError, match="seed: 0 → 5"):
         bulk_synthesis.plan(config(speaker, tmp_path, seed=5))
     with pytest.raises(ScriptError, match=r"no\.jsonl cannot be read"):
