@@ -10,6 +10,7 @@ so a sample keeps o(0) and the decayed queries, and that layer's recurrence neve
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -19,6 +20,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from model.cross_attention import TextMemory
 from model.delay import begun, delayed
+from model.frozen_linear import ROWS
 from model.gla import gla
 from model.initial_state import Memories
 from model.layers import at_least_float32, within
@@ -92,10 +94,14 @@ def row_losses(model: Lina, rows: Sequence[Prepared], memories: Memories | None)
         rows: of `prepared`.
         memories: a row each, [B, layers, …]; None means zeros.
     """
-    parts = [pad_sequence(list(column), batch_first=True) for column in zip(*rows, strict=True)]
-    x, queries, output, gate, targets = parts[:5]
+    columns = list(zip(*rows, strict=True))
+    # As many steps together as `frozen_linear` is fast for.
+    unit = ROWS // math.gcd(ROWS, len(rows))
+    time = -(-max(map(len, columns[0])) // unit) * unit
+    x, queries, output, gate, targets = (_stacked(column, time) for column in columns[:5])
+    texts = [_stacked(column, max(map(len, column))) for column in columns[5:]]
     lengths = torch.tensor([len(row.keys) for row in rows], device=x.device)
-    text = TextMemory(*parts[5:], within(lengths, parts[5].shape[1]))
+    text = TextMemory(*texts, within(lengths, texts[0].shape[1]))
     states = [None] * model.config.layers
     position = None
     if memories is not None:
@@ -139,12 +145,24 @@ def read_start(model: Lina, samples: Sequence[Sample]) -> Memories:
 
 
 def grouped(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
-    """Places of rows, the longest first, in groups of rows · longest ≤ budget, each at least one row."""
+    """Places of rows, the longest first, in groups of rows · longest ≤ budget, of 1, 2, 4, 8 … rows each.
+
+    Powers of two, because `row_losses` then pads the least.
+    """
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     while order:
-        size = max(1, budget // max(1, lengths[order[0]]))
+        most = min(len(order), max(1, budget // max(1, lengths[order[0]])))
+        size = 1 << most.bit_length() - 1
         yield order[:size]
         order = order[size:]
+
+
+def _stacked(parts: Sequence[torch.Tensor], longest: int) -> torch.Tensor:
+    """[B, longest, …] of parts [their own length, …], zeros after them."""
+    whole = parts[0].new_zeros(len(parts), longest, *parts[0].shape[1:])
+    for row, part in zip(whole, parts, strict=True):
+        row[: len(part)] = part
+    return whole
 
 
 def padded(samples: Iterable[Sample], device: torch.device) -> tuple[torch.Tensor, ...]:

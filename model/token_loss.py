@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 
 from model.delay import BOS, PAD
+from model.frozen_linear import ROWS, frozen_linear
 
 BLOCK = 1 << 20
 """Bytes of logits at a time on a CPU: about a core's second-level cache."""
@@ -42,7 +43,7 @@ class _RowLosses(torch.autograd.Function):
         slope = torch.zeros_like(flat) if differentiate else None
         for weight, wanted in zip(weights, targets.flatten(0, 1).unbind(1), strict=True):
             counted = torch.nonzero((wanted != PAD) & (wanted != BOS)).flatten()
-            for places in counted.split(max(1, size)):
+            for places in counted.split(max(ROWS, size // ROWS * ROWS)):
                 each, back = _block(flat[places], weight, wanted[places, None], differentiate, exact)
                 sums.index_add_(0, places // time, each)
                 if differentiate:
@@ -58,7 +59,7 @@ class _RowLosses(torch.autograd.Function):
 
 def _block(x, weight, wanted, differentiate, exact):
     """(cross-entropies [n], their gradients with respect to x [n, width] or None)."""
-    logits = (x @ weight.mT).to(exact)
+    logits = frozen_linear(x, weight).to(exact)
     chosen = logits.gather(1, wanted).squeeze(1)
     highest = logits.amax(1, keepdim=True)
     likely = logits.sub_(highest).exp_()
@@ -67,4 +68,4 @@ def _block(x, weight, wanted, differentiate, exact):
     if not differentiate:
         return each, None
     likely.div_(total).scatter_add_(1, wanted, torch.full_like(total, -1))
-    return each, likely.to(weight.dtype) @ weight
+    return each, frozen_linear(likely.to(weight.dtype), weight.mT)

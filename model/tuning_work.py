@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import torch
 
+from model.frozen_linear import freeze
 from model.initial_state import Factors, Memories, memories
 from model.lina import Lina
 from model.state_pass import Prepared, grouped, prepared, row_losses, steps_of
@@ -44,7 +45,7 @@ class Work:
     """
 
     def __init__(self, model: Lina, scale: float, cache_bytes: int = 1 << 30, group_steps: int | None = None) -> None:
-        self.model = model.eval().requires_grad_(False)
+        self.model = freeze(model)
         self.device = model.norm.weight.device
         self.dtype = torch.float64 if model.norm.weight.dtype == torch.float64 else torch.float32
         self.group_steps = group_steps or (1 << 17 if self.device.type == "cuda" else 2048)
