@@ -44,7 +44,7 @@ def end() -> None:
     """Disconnects from Ray and disarms what is left of it.
 
     Ray numbers actors anew in each session, so two sessions of a process use the same ids, and a handle of an ended
-    session that Python collects later takes the next session's actor with that id away: it dies with "all references
+    session that Python collects later can take the next session's actor with that id away: it dies with "all references
     to the actor were removed", often before it has started.
     """
     import ray
