@@ -15,18 +15,10 @@ ROWS = 64
 
 
 class FrozenLinear(nn.Linear):
-    """What `freeze` makes of a linear layer."""
+    """What `model.frozen_layers.freeze` makes of a linear layer."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return frozen_linear(x, self.weight, self.bias)
-
-
-def freeze(model: nn.Module) -> nn.Module:
-    """The model in evaluation mode, without gradients of its weights, its linear layers made fast; for good."""
-    for module in model.eval().requires_grad_(False).modules():
-        if type(module) is nn.Linear:
-            module.__class__ = FrozenLinear
-    return model
 
 
 def frozen_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 
-from model.frozen_linear import freeze
+from model.frozen_layers import freeze
 from model.initial_state import Factors, Memories, memories
 from model.lina import Lina
 from model.state_pass import Prepared, grouped, prepared, row_losses, steps_of
