@@ -7,7 +7,8 @@ of the weights be made, as the released code does. Two steps lead from there: we
 take the same batches from the same start, the paper's recipe, no dropout; losses are means over a batch's tokens.
 Ours runs twice: for as many steps, and, evaluating every few, until each speaker has the held-out loss that (a) ends
 with. (a) is run for `--reference` speakers; the loss of the others is that of our run of equal steps, which gives the
-same states: the table shows by how much they differ. Rates of (a) are of its own speakers.
+same states: the table shows by how much they differ. `× (a)` is what (a) would take for a row's speakers at its rate
+of model steps, by what they take.
 
 `--clock cpu` counts CPU seconds, which a busy machine distorts less (with `--threads 1`). Without `--allocator plain`
 freed memory is kept for reuse instead of being returned to the system, for all rows alike.
@@ -87,19 +88,19 @@ class Benchmark:
             "    weights frozen": {"frozen": True, "micro": 2},
             "    and a batch at once": {"frozen": True, "micro": self.recipe.batch},
         }
-        plain, baseline = {}, 0.0
+        plain, self.baseline = {}, 0.0
         for title, way in ways.items():
             with Meter(options) as meter:
                 states = {name: plainly(self.model, *self.speakers[name][:2], self.recipe, **way) for name in reference}
             plain = plain or states
-            baseline = baseline or meter.seconds / len(reference)
-            self.row(title, meter, len(reference), baseline, difference(states, plain))
+            self.baseline = self.baseline or meter.seconds / self.steps(reference)
+            self.row(title, meter, len(reference), difference(states, plain))
         targets = {name: held_out_loss(self.model, states, self.speakers[name][2]) for name, states in plain.items()}
         for count in options.speakers:
             with Meter(options) as meter:
                 tuner, voices = self.tuned(count, evaluate=False)
             same = {voice.speaker: voice.factors for voice in voices}
-            self.row(f"(b) {count} together, equal steps", meter, count, baseline, difference(same, plain), tuner)
+            self.row(f"(b) {count} together, equal steps", meter, count, difference(same, plain), tuner)
             for name, factors in same.items():
                 targets.setdefault(name, held_out_loss(self.model, factors, self.speakers[name][2]))
             with Meter(options) as meter:
@@ -107,9 +108,7 @@ class Benchmark:
             steps = sum(voice.steps for voice in voices) / count
             reached = sum(voice.reason == "reached" for voice in voices)
             title = f"(b) {count} together, to the loss of (a)"
-            self.row(
-                title, meter, count, baseline, None, tuner, f"; {steps:.0f} steps, {reached} of {count} reached it"
-            )
+            self.row(title, meter, count, None, tuner, f"; {steps:.0f} steps, {reached} of {count} reached it")
 
     def tuned(self, count: int, evaluate: bool, targets: dict[str, float] | None = None):
         """(the tuner, its voices): the first speakers, all at once."""
@@ -124,8 +123,21 @@ class Benchmark:
             voices += tuner.step()
         return tuner, voices
 
-    def row(self, title, meter, voices: int, baseline: float, apart: float | None, tuner=None, more: str = "") -> None:
+    def steps(self, names: list[str]) -> int:
+        """Model steps that the recipe asks for: of these speakers' batches, what is in one twice counted twice."""
+        from model.state_pass import steps_of
+        from model.voice_samples import batch_at
+
+        return sum(
+            times * steps_of(samples[i])
+            for seed, samples, _ in map(self.speakers.get, names)
+            for step in range(self.recipe.steps)
+            for i, times in batch_at(len(samples), self.recipe.batch, seed, step).items()
+        )
+
+    def row(self, title, meter, voices: int, apart: float | None, tuner=None, more: str = "") -> None:
         each = meter.seconds / voices
+        released = self.baseline * self.steps(list(self.speakers)[:voices]) / voices
         differ = "" if apart is None else f"{apart:.1e}"
         parts = ""
         if tuner is not None:
@@ -134,7 +146,7 @@ class Benchmark:
             padding = 1 - tuner.work.steps / tuner.work.padded_steps
             parts = f"{', '.join(shares)}; padding {padding:.1%}"
         print(
-            f"{title:38} {each:8.2f} {3600 / each:9.1f} {baseline / each:6.2f} {meter.megabytes:8.0f} {differ:>9}  "
+            f"{title:38} {each:8.2f} {3600 / each:9.1f} {released / each:6.2f} {meter.megabytes:8.0f} {differ:>9}  "
             f"{parts}{more}",
             flush=True,
         )
