@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 from typing import TYPE_CHECKING
 
 from infra import storage
@@ -62,12 +63,12 @@ def read_weights(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
     with local_copy(checkpoint.url) as folder:
         try:
             if checkpoint.facts["stage"] == 0:
-                state = torch.load(folder / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)
+                state = torch.load(folder / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=True)
                 weights = state["module"]
             else:
                 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
                 weights = get_fp32_state_dict_from_zero_checkpoint(str(folder.parent), tag=folder.name)
-        except (OSError, KeyError, RuntimeError, ValueError, EOFError) as error:
+        except (OSError, KeyError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
             raise CheckpointError(f"{checkpoint.url} cannot be read: {error}") from None
     return {name.removeprefix(_PREFIX): value.float() for name, value in weights.items()}
