@@ -132,6 +132,10 @@ class Tuner:
         """Lets a speaker go as it is. Raises KeyError for one who is not here."""
         return self._end(self._speakers[speaker], "left")
 
+    def look(self, speaker: str) -> Tuned:
+        """How far a speaker is: what `leave` would give. Raises KeyError for one who is not here."""
+        return self._record(self._speakers[speaker], "left")
+
     def step(self) -> list[Tuned]:
         """One step of every active speaker; those who are done leave and are returned."""
         start, speakers = time.perf_counter(), list(self._speakers.values())
@@ -217,6 +221,9 @@ class Tuner:
     def _end(self, speaker: _Speaker, reason: str) -> Tuned:
         self._speakers.pop(speaker.name)
         self.work.forget(speaker.name)
+        return self._record(speaker, reason)
+
+    def _record(self, speaker: _Speaker, reason: str) -> Tuned:
         base, continuation = speaker.baselines or (None, None)
         return Tuned(
             speaker=speaker.name,
