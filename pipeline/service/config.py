@@ -1,0 +1,78 @@
+"""What the service can be told."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from infra.config import option
+from pipeline.synthesize_config import DEMO_MODEL
+
+SHARED = "shared"
+"""The folder of voices that every tenant may speak with."""
+NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
+"""Of voices and tenants: nothing in it means anything to a file system or a shell."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServiceConfig:
+    """One model behind HTTP, with the voices of its tenants."""
+
+    model: str = option(DEMO_MODEL, "folder of an exported model; any fsspec URL")
+    name: str = option("lina", "what requests call the model")
+    codec: str | None = option(None, "encodec_24khz, demo or a folder (default: the model's, where that has a name)")
+    codec_weights: str | None = option(None, "path or URL of EnCodec's own weights, for machines without internet")
+    voices: str = option("voices", "folder of TENANT/VOICE.safetensors and shared/VOICE.safetensors; any fsspec URL")
+    tokens: str | None = option(None, "YAML file of tenants and the sha256 of their tokens; without it, loopback only")
+    tenant: str = option("local", "whose voices they are where there are no tokens")
+
+    temperature: tuple[float, ...] = option((1.0, 0.0), "by codebook, the last one for all further: 0 is the likeliest")
+    top_k: tuple[int, ...] = option((100,), "by codebook: how many of the likeliest codes are drawn from; 0 for all")
+    retries: int = option(2, "further attempts at a sentence that failed and that nobody heard yet")
+    rows: int = option(16, "sentences spoken at once by one engine")
+    pieces_ahead: int = option(2, "sentences of one request that are spoken at once, at most")
+    waiting: int = option(48, "requests that an engine holds beyond those being spoken; more are answered 429")
+    first_seconds: float = option(0.3, "seconds of speech in the first chunk of a stream")
+    device: str = option("auto", "where model and codec run", ("auto", "cpu", "cuda"))
+    dtype: str = option("float32", "of the model", ("float32", "float64", "bfloat16"))
+    threads: int = option(1, "CPU threads, and CPUs, of an engine")
+    gpu_share: float = option(1.0, "of a GPU that an engine reserves where it runs on one")
+    engines: int = option(1, "replicas of the engine, each with the model and a batch of its own")
+
+    timeout_s: float = option(120.0, "seconds from a request to the end of its speech")
+    longest_text: int = option(4096, "characters of one request")
+    requests_per_minute: int = option(120, "of a tenant, a minute at a time, where its entry does not say otherwise")
+    upload_mb: float = option(50.0, "of all samples of a voice together")
+    most_samples: int = option(64, "recordings in one enrollment")
+    shortest_sample_s: float = option(0.5, "of one recording")
+    longest_sample_s: float = option(60.0, "of one recording")
+    least_seconds: float = option(3.0, "of all recordings of a voice together")
+    most_seconds: float = option(1200.0, "of all recordings of a voice together")
+    most_enrolling: int = option(4, "enrollments of one tenant at a time")
+    enroll_timeout_s: float = option(1800.0, "seconds from the samples to the voice")
+
+    def __post_init__(self) -> None:
+        for field in (
+            *("rows", "pieces_ahead", "threads", "engines", "longest_text", "requests_per_minute", "most_samples"),
+            "most_enrolling",
+        ):
+            if getattr(self, field) < 1:
+                raise ValueError(f"{field} must be at least 1, not {getattr(self, field)}")
+        for field in ("timeout_s", "upload_mb", "longest_sample_s", "most_seconds", "first_seconds", "enroll_timeout_s"):
+            if not getattr(self, field) > 0:
+                raise ValueError(f"{field} must be above 0, not {getattr(self, field)}")
+        if self.waiting < 0 or self.retries < 0:
+            raise ValueError("waiting and retries must be at least 0")
+        if not 0 < self.gpu_share <= 1:
+            raise ValueError(f"gpu_share must be above 0 and at most 1, not {self.gpu_share}")
+        if not NAME.fullmatch(self.tenant) or self.tenant == SHARED:
+            raise ValueError(f"tenant must be letters, digits, _ and -, and not {SHARED!r}: it names a folder")
+
+    @property
+    def most_requests(self) -> int:
+        """Requests that an engine holds at a time."""
+        return self.rows + self.waiting
+
+    @property
+    def upload_bytes(self) -> int:
+        return round(self.upload_mb * 1e6)

@@ -1,0 +1,121 @@
+"""Speech as a file that is sent while it is being made: what was sent is never changed.
+
+libsndfile writes WAV, MP3 and Opus from front to back and then mends what only the end can tell: the length. A stream
+leaves the mends out, which is how these formats say that a length is not known. FLAC has such a way, too, but common
+readers (libsndfile's among them) do not take it: it is sent whole.
+"""
+
+from __future__ import annotations
+
+import io
+import struct
+
+import numpy as np
+
+from pipeline.speech_files import FORMATS, Provenance, encode
+
+CONTAINERS = {**FORMATS, "mp3": ("MP3", "MPEG_LAYER_III")}
+"""By the name of a format: libsndfile's name of it and of what is in it."""
+MEDIA = {
+    "wav": "audio/wav",
+    "flac": "audio/flac",
+    "opus": "audio/ogg; codecs=opus",
+    "mp3": "audio/mpeg",
+    "pcm": "audio/pcm",
+}
+STREAMED = ("wav", "mp3", "opus", "pcm")
+_CONSTANT = {"bitrate_mode": "CONSTANT", "compression_level": 0.5}
+"""Of MP3, about 80 kbit/s: players take the length of a stream from its rate."""
+_UNKNOWN = struct.pack("<I", 0xFFFFFFFF)
+
+
+class Encoder:
+    """
+    Args:
+        form: of `STREAMED`; pcm is signed 16-bit little-endian, mono, and has no place for provenance.
+        rate: samples a second.
+
+    Raises:
+        SpeechFileError: provenance that does not fit a file.
+    """
+
+    def __init__(self, form: str, rate: int, provenance: Provenance) -> None:
+        import soundfile
+
+        self.form, self._sent, self._file, self._target = form, 0, _Forward(), None
+        if form == "pcm":
+            return
+        container, content = CONTAINERS[form]
+        rates = _CONSTANT if form == "mp3" else {}
+        self._target = soundfile.SoundFile(self._file, "w", rate, 1, content, format=container, **rates)
+        for name, value in _tags(provenance):
+            setattr(self._target, name, value)
+
+    def add(self, samples: np.ndarray) -> bytes:
+        """What can be sent after float32 [time] more; what is beyond ±1 is clipped. Often nothing, for a while."""
+        clipped = np.clip(samples, -1.0, 1.0)
+        if self._target is None:
+            return (clipped * 32767).round().astype("<i2").tobytes()
+        self._target.write(clipped)
+        return self._new()
+
+    def end(self) -> bytes:
+        """The rest."""
+        if self._target is None:
+            return b""
+        self._target.close()
+        return self._new()
+
+    def mended(self) -> bytes:
+        """The file from its start, with what was only known at its end; nothing for pcm."""
+        return bytes(self._file.content)
+
+    def _new(self) -> bytes:
+        content = bytes(self._file.content[self._sent :])
+        if self.form == "wav" and not self._sent and content:
+            content = _endless(content)
+        self._sent = len(self._file.content)
+        return content
+
+
+def whole(form: str, samples: np.ndarray, rate: int, provenance: Provenance) -> bytes:
+    """A file of known length, in a format of `MEDIA`. Raises SpeechFileError as `speech_files.encode`."""
+    if form in FORMATS:
+        return encode(samples, rate, provenance, form)
+    encoder = Encoder(form, rate, provenance)
+    content = encoder.add(samples) + encoder.end()
+    return encoder.mended() or content
+
+
+class _Forward(io.RawIOBase):
+    """A file in memory for libsndfile."""
+
+    def __init__(self) -> None:
+        self.content, self._place = bytearray(), 0
+
+    def write(self, data) -> int:
+        data = bytes(data)
+        self.content[self._place : self._place + len(data)] = data
+        self._place += len(data)
+        return len(data)
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._place = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._place, io.SEEK_END: len(self.content)}[whence]
+        return self._place
+
+    def tell(self) -> int:
+        return self._place
+
+
+def _endless(content: bytes) -> bytes:
+    """A WAV file's beginning with the length that means: to the end."""
+    data = content.index(b"data", 12)
+    return content[:4] + _UNKNOWN + content[8 : data + 4] + _UNKNOWN + content[data + 8 :]
+
+
+def _tags(provenance: Provenance) -> tuple[tuple[str, str], ...]:
+    """What `speech_files.encode` writes into a file, by the names that soundfile knows."""
+    import soundfile
+
+    with soundfile.SoundFile(io.BytesIO(encode(np.zeros(1, np.float32), 24_000, provenance, "wav"))) as source:
+        return tuple(source.copy_metadata().items())

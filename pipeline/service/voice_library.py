@@ -1,0 +1,93 @@
+"""The voices that a tenant may speak with: its own, and the shared ones.
+
+    <voices>/<tenant>/<voice>.safetensors      <voices>/shared/<voice>.safetensors
+
+A tenant's own voice comes before a shared one of the same name. Names are checked here, whoever asks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from infra import storage
+from model.voice_file import LARGEST_HEADER, SUFFIX, VoiceError, read_record
+from pipeline.service.config import NAME, SHARED
+
+DEFAULT = "default"
+"""The model's own voice, which has no file."""
+
+
+class UnknownVoice(LookupError):
+    """No such voice for this tenant."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where a voice is."""
+
+    id: str
+    shared: bool
+    url: str
+
+
+class VoiceLibrary:
+    """
+    Args:
+        folder: local or any fsspec URL.
+    """
+
+    def __init__(self, folder: str) -> None:
+        self.folder = folder
+
+    def find(self, tenant: str, id: str) -> Entry:
+        """Raises UnknownVoice, for another tenant's voice as for one that is not there."""
+        if _is_name(id):
+            for owner in (tenant, SHARED):
+                entry = self.entry(owner, id)
+                if storage.exists(entry.url):
+                    return entry
+        raise UnknownVoice(id)
+
+    def entry(self, owner: str, id: str) -> Entry:
+        """Where an owner's voice would be. Raises ValueError for what is no name."""
+        if not _is_name(id) or not NAME.fullmatch(owner):
+            raise ValueError(f"not a voice's name: {id[:80]!r}")
+        return Entry(id, owner == SHARED, storage.join(self.folder, owner, id + SUFFIX))
+
+    def entries(self, tenant: str) -> Iterator[Entry]:
+        """In the order of their names; what is hidden by a voice of the tenant's own is left out."""
+        owners: dict[str, str] = {}
+        for owner in (tenant, SHARED):
+            for name in storage.names(storage.join(self.folder, owner)):
+                if name.endswith(SUFFIX) and _is_name(id := name.removesuffix(SUFFIX)):
+                    owners.setdefault(id, owner)
+        return (self.entry(owners[id], id) for id in sorted(owners))
+
+    def record(self, entry: Entry) -> dict[str, Any]:
+        """What a voice file says of itself. Raises UnknownVoice where it is gone, VoiceError for a damaged one."""
+        try:
+            return read_record(storage.read_range(entry.url, 0, LARGEST_HEADER + 8))
+        except OSError:
+            raise UnknownVoice(entry.id) from None
+
+    def write(self, entry: Entry, content: bytes) -> None:
+        storage.write_bytes(entry.url, content)
+
+    def delete(self, entry: Entry) -> None:
+        storage.remove(entry.url)
+
+
+def describe(library: VoiceLibrary, entry: Entry) -> dict[str, Any]:
+    """A voice as the interface shows it. Raises UnknownVoice."""
+    shown: dict[str, Any] = {"id": entry.id, "object": "voice", "shared": entry.shared, "status": "ready"}
+    try:
+        record = library.record(entry)
+    except VoiceError as error:
+        return shown | {"status": "failed", "error": {"code": "damaged_voice", "message": str(error)}}
+    return shown | {"model": record["model"], "consent": record["consent"], "rank": record["rank"]}
+
+
+def _is_name(id: Any) -> bool:
+    return isinstance(id, str) and id != DEFAULT and bool(NAME.fullmatch(id))
