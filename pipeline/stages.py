@@ -47,11 +47,12 @@ class Job:
 
 
 _REJECT = [("stage", pa.string()), ("reason", pa.string()), ("detail", pa.string())]
-_DECODED = pa.schema(
+DECODED = pa.schema(
     [("shard", pa.int32()), ("row", pa.int32()), ("text", pa.string()), ("phones", pa.string())]
     + [("audio", pa.large_binary()), ("samples", pa.int64()), ("digest", pa.string()), *_REJECT]
     + [("decode_took", pa.float64())]
 )
+"""What `Decode` and `Transcribe` give: audio as the bytes of float32, and why a row cannot be used."""
 PROGRESS = pa.schema(
     [("shard", pa.int32()), ("rows", pa.int64()), ("seconds", pa.float64()), ("rejects", pa.int64())]
     + [("decode_took", pa.float64()), ("encode_took", pa.float64())]
@@ -73,12 +74,13 @@ class Decode:
             plan = self.job.rows_of(shard)
             for row in np.flatnonzero(plan["batch"].to_numpy() == batch):
                 start = time.perf_counter()
-                decoded = self._decoded(plan.slice(row, 1).to_pylist()[0])
+                decoded = self.decoded(plan.slice(row, 1).to_pylist()[0])
                 took = time.perf_counter() - start
                 rows.append({"shard": shard, "row": int(row), **decoded, "decode_took": took})
-        return pa.Table.from_pylist(rows, _DECODED)
+        return pa.Table.from_pylist(rows, DECODED)
 
-    def _decoded(self, row: dict[str, Any]) -> dict[str, Any]:
+    def decoded(self, row: dict[str, Any]) -> dict[str, Any]:
+        """What is known of a row of a plan after this stage: fields of `DECODED`, a reject's among them."""
         from pipeline.audio import SignalLimits, clean_audio
 
         config = self.job.config
@@ -134,7 +136,7 @@ class Transcribe:
                     row |= _reject("transcribe", error)
                 else:
                     row |= _phonemised(row["text"], len(wave) / rate, self.job.config)
-        return pa.Table.from_pylist(rows, _DECODED)
+        return pa.Table.from_pylist(rows, DECODED)
 
 
 class Encode:
