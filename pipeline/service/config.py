@@ -36,7 +36,7 @@ class ServiceConfig:
     device: str = option("auto", "where model and codec run", ("auto", "cpu", "cuda"))
     dtype: str = option("float32", "of the model", ("float32", "float64", "bfloat16"))
     threads: int = option(1, "CPU threads, and CPUs, of an engine")
-    gpu_share: float = option(1.0, "of a GPU that an engine reserves where it runs on one")
+    gpu_share: float = option(0.25, "of a GPU that an engine reserves where it runs on one; the rest is for enrollment")
     engines: int = option(1, "replicas of the engine, each with the model and a batch of its own")
 
     timeout_s: float = option(120.0, "seconds from a request to the end of its speech")

@@ -1,0 +1,40 @@
+"""The ingress: FastAPI before the engines, as a deployment of Ray Serve."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import FastAPI
+
+from pipeline.service import errors, speech_api
+from pipeline.service.config import ServiceConfig
+from pipeline.service.gate import Gate
+from pipeline.service.service import Service
+
+_ABOUT = """Speech in enrolled voices, with OpenAI's interface for speech. Speech is synthetic and its files say so."""
+
+
+def application(service: Service) -> FastAPI:
+    """Everything that is answered over HTTP."""
+    app = FastAPI(title="lina-ray", description=_ABOUT, version="1")
+    errors.install(app)
+    app.include_router(speech_api.router(service))
+    app.add_middleware(Gate, most_bytes={"/v1/voices": service.config.upload_bytes}, private=service.private)
+
+    @app.get("/healthz", tags=["service"])
+    async def healthz() -> dict[str, Any]:
+        """Whether an engine answers; no token is needed."""
+        facts = await service.facts()
+        return {"status": "ok", "tokens": not service.private, **facts}
+
+    return app
+
+
+class Ingress:
+    """One replica."""
+
+    def __init__(self, config: ServiceConfig, engine: Any) -> None:
+        self.service = Service(config, engine)
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        return application(self.service)
