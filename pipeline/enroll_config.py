@@ -47,7 +47,7 @@ class StageConfig:
     patience: int = option(3, "looks without a better loss before a speaker stops; 0 always takes all steps")
     seed: int = option(123, "of everything random")
 
-    slots: int = option(64, "speakers that a replica tunes at once at most")
+    slots: int | None = option(None, "speakers that a replica tunes at once at most (default: 64 jointly, 4 apart)")
     memory_gigabytes: float | None = option(
         None,
         "what a replica keeps of speakers' samples; bounds the slots, too (default: 2, on a GPU half of what it has)",
@@ -72,7 +72,7 @@ class StageConfig:
 
     def __post_init__(self) -> None:
         for name in ("slots", "threads", "min_replicas", "queue", "attempts", "timeout"):
-            if not getattr(self, name) > 0:
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be above 0, not {getattr(self, name)}")
         if self.max_replicas is not None and self.max_replicas < self.min_replicas:
             raise ValueError(f"max_replicas ({self.max_replicas}) must be at least min_replicas ({self.min_replicas})")
