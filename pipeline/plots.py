@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_INK, _PALE, _MARK = "#22577a", "#c7d9e5", "#d1495b"
+INK, PALE, MARK = "#22577a", "#c7d9e5", "#d1495b"
 _STYLE = {
     "font.family": "DejaVu Sans",
     "font.size": 10,
@@ -83,7 +83,9 @@ def png(figure: Figure) -> bytes:
     return file.getvalue()
 
 
-def _in_style(draw: Callable[..., Figure]) -> Callable[..., Figure]:
+def in_style(draw: Callable[..., Figure]) -> Callable[..., Figure]:
+    """Makes a function that draws a figure draw it in this project's style."""
+
     @functools.wraps(draw)
     def styled(*arguments) -> Figure:
         import matplotlib
@@ -94,39 +96,39 @@ def _in_style(draw: Callable[..., Figure]) -> Callable[..., Figure]:
     return styled
 
 
-@_in_style
+@in_style
 def durations(seconds: Histogram) -> Figure:
-    figure, (axes,) = _figure(1)
+    figure, (axes,) = row_of_axes(1)
     _bars(axes, seconds)
     axes.set(title=f"{seconds.total:,} utterances, {seconds.sum / 3600:,.2f} hours", xlabel="seconds an utterance")
     return figure
 
 
-@_in_style
+@in_style
 def phone_rates(rates: Histogram) -> Figure:
-    figure, (axes,) = _figure(1)
+    figure, (axes,) = row_of_axes(1)
     _bars(axes, rates)
     axes.set(title="How fast they speak", xlabel="phonemes a second")
     return figure
 
 
-@_in_style
+@in_style
 def speakers(census: Census) -> Figure:
     """Hours of each speaker, the largest first: bars with names, or a curve when there are too many to name."""
     ranked = sorted(census.speakers.items(), key=lambda item: (-item[1][1], item[0]))
     total = np.array([seconds for _, (_, seconds) in ranked])
     unit, scale = ("hours", 3600) if total.max(initial=0.0) >= 7200 else ("minutes", 60)
-    figure, (axes,) = _figure(1)
+    figure, (axes,) = row_of_axes(1)
     many = len(ranked) > 40
     if many:
-        axes.fill_between(np.arange(1, len(total) + 1), total / scale, color=_PALE, step="mid")
-        axes.step(np.arange(1, len(total) + 1), total / scale, color=_INK, where="mid")
+        axes.fill_between(np.arange(1, len(total) + 1), total / scale, color=PALE, step="mid")
+        axes.step(np.arange(1, len(total) + 1), total / scale, color=INK, where="mid")
         axes.set(xlabel="speakers, by how much they say", xlim=(0.5, len(total) + 0.5))
         half = int(np.searchsorted(np.cumsum(total), total.sum() / 2)) + 1
-        axes.axvline(half, color=_MARK, lw=1.2)
-        axes.annotate(f" {half:,} speakers are half of it", (half, axes.get_ylim()[1] * 0.95), color=_MARK, va="top")
+        axes.axvline(half, color=MARK, lw=1.2)
+        axes.annotate(f" {half:,} speakers are half of it", (half, axes.get_ylim()[1] * 0.95), color=MARK, va="top")
     else:
-        axes.bar(np.arange(len(total)), total / scale, color=_INK, width=0.75)
+        axes.bar(np.arange(len(total)), total / scale, color=INK, width=0.75)
         names = [_shortened(name or "(unnamed)") for name, _ in ranked]
         axes.set_xticks(np.arange(len(total)), names, rotation=60, ha="right", rotation_mode="anchor", fontsize=8)
         axes.grid(axis="x", visible=False)
@@ -135,17 +137,17 @@ def speakers(census: Census) -> Figure:
     return figure
 
 
-@_in_style
+@in_style
 def codebooks(census: Census) -> Figure:
     """How much of each codebook is in use: its perplexity, and how often its entries occur."""
     books, entries = census.codes.shape
-    figure, (left, right) = _figure(2)
+    figure, (left, right) = row_of_axes(2)
     perplexity = census.perplexity()
     places = np.arange(1, books + 1)
-    left.bar(places, np.full(books, entries), color=_PALE, width=0.75, label=f"of {entries} entries")
-    left.bar(places, perplexity, color=_INK, width=0.75, label="in effective use")
+    left.bar(places, np.full(books, entries), color=PALE, width=0.75, label=f"of {entries} entries")
+    left.bar(places, perplexity, color=INK, width=0.75, label="in effective use")
     for place, value in zip(places, perplexity, strict=True):
-        left.annotate(f"{value:.0f}", (place, value), ha="center", va="bottom", fontsize=8, color=_INK)
+        left.annotate(f"{value:.0f}", (place, value), ha="center", va="bottom", fontsize=8, color=INK)
     left.set_xticks(places)
     left.set(title="Perplexity", xlabel="codebook", ylabel="entries", ylim=(0, entries * 1.05))
     left.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=2, frameon=False, borderpad=0.1)
@@ -164,7 +166,7 @@ def codebooks(census: Census) -> Figure:
     return figure
 
 
-@_in_style
+@in_style
 def spectrograms(pairs: Sequence[Pair]) -> Figure:
     """Log-mel spectrograms of each pair, the original on the left, all on one colour scale."""
     from matplotlib.figure import Figure
@@ -193,16 +195,17 @@ def _bars(axes: Axes, histogram: Histogram) -> None:
     step = max(1, -(-(last - first) // 50))
     counts = np.add.reduceat(histogram.counts[first:last], np.arange(0, last - first, step))
     edges = (first + np.arange(len(counts)) * step) * histogram.width
-    axes.bar(edges, counts, width=step * histogram.width * 0.92, align="edge", color=_INK)
+    axes.bar(edges, counts, width=step * histogram.width * 0.92, align="edge", color=INK)
     for share, name, line in ((0.5, "median", "-"), (0.99, "99 % are below", "--")):
         value = histogram.quantile(share)
-        axes.axvline(value, color=_MARK, lw=1.3, ls=line, label=f"{name} {value:.1f}")
+        axes.axvline(value, color=MARK, lw=1.3, ls=line, label=f"{name} {value:.1f}")
     axes.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=2, frameon=False, borderpad=0.1)
     axes.set(ylabel="utterances", xlim=(edges[0], edges[-1] + step * histogram.width))
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
 
 
-def _figure(columns: int) -> tuple[Figure, list[Axes]]:
+def row_of_axes(columns: int) -> tuple[Figure, list[Axes]]:
+    """A figure of one row of axes."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10 if columns > 1 else 8, 3.6), layout="constrained")

@@ -1,0 +1,241 @@
+"""A batch of speakers becomes a folder of voices: read one by one, tokenized, tuned by the stage, written whole.
+
+The same batch again does only what is missing: a speaker is done when its voice file is there, of this model and
+recipe, made from these samples and this consent. Speakers pass in the order in which they are read, so many at a time
+as fill all tuners; the driver holds no more of them. Whoever cannot be enrolled goes to the quarantine with the reason.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import json
+import time
+import uuid
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from infra import storage
+from model.checkpoint import CONFIG_FILE, ModelCard, read_card
+from model.lina_config import ModelError
+from pipeline.bulk_synthesis import codec_of
+from pipeline.codec_weights import ResolvedCodec
+from pipeline.enroll_config import EnrollConfig
+from pipeline.enrolled import recipe_record
+from pipeline.enrollment_app import EnrollmentError, about_tuning
+from pipeline.enrollment_files import VoiceFolder
+from pipeline.speaker_samples import SampleEncoder, settings_of
+from pipeline.speakers import Consents, Speaker, read_speakers
+from pipeline.synthesis import ModelFiles
+from pipeline.utterances import Reject, Unusable
+
+ATTEMPTS = 5
+"""Times that a speaker is asked for when the stage itself is lost."""
+ENCODINGS = 3
+"""Times that a speaker's samples are read again when the worker that read them died."""
+_BUSY_SECONDS = 2.0
+
+OnResult = Callable[[dict[str, Any] | Reject, bool], None]
+"""Told of each speaker: its note or its reject, and whether it was done before."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """All that is settled before work begins."""
+
+    config: EnrollConfig
+    card: ModelCard
+    codec: ResolvedCodec
+    consents: Consents
+    folder: VoiceFolder
+    about: dict[str, Any]
+    """What the stage must say of itself."""
+
+    def speakers(self) -> Iterator[Speaker | Reject]:
+        return read_speakers(self.config.speakers, self.consents)
+
+
+def prepare(config: EnrollConfig) -> Batch:
+    """Reads model, codec and consent, and takes the output for them.
+
+    Raises:
+        ModelError, CodecError, ManifestError: they cannot be used.
+        PlanError: the output was made otherwise; says how.
+    """
+    config = dataclasses.replace(
+        config,
+        model=storage.absolute(config.model),
+        speakers=storage.absolute(config.speakers),
+        output=storage.absolute(config.output),
+    )
+    files = _config_of(config.model)
+    card, codec = read_card(files.config), codec_of(config, files)
+    recipe = recipe_record(config.recipe())
+    about = about_tuning(
+        {"model": card.fingerprint, "codec": card.codec.digest, "dtype": config.dtype, "recipe": recipe}
+    )
+    folder = VoiceFolder(config.output, config.tenant, about | config.token_settings())
+    batch = Batch(config, card, codec, Consents(config.consent_file), folder, about)
+    next(iter(batch.speakers()), None)  # refused now if there is nothing to read
+    folder.claim()
+    return batch
+
+
+def run(batch: Batch, stage: Any, on_result: OnResult) -> None:
+    """Enrolls every speaker that is not done, through a handle of the stage.
+
+    Raises:
+        ManifestError: the speakers' file cannot be read to its end.
+        EnrollmentError: the stage was lost for good.
+    """
+    import ray
+
+    about = stage.about.remote().result(timeout_s=300)
+    limit = batch.config.in_flight or 2 * about["slots"] * about["max_replicas"] + 2
+    shipped = ray.put(batch.codec)
+    encoders = [_encoder(batch, shipped) for _ in range(_tokenizers(batch.config))]
+    try:
+        asyncio.run(_Run(batch, stage, encoders, on_result).all(limit))
+    finally:
+        for encoder in encoders:
+            ray.kill(encoder)
+
+
+class _Run:
+    """One pass over the speakers, in one event loop."""
+
+    def __init__(self, batch: Batch, stage: Any, encoders: list[Any], on_result: OnResult) -> None:
+        self.batch, self.stage, self.on_result = batch, stage, on_result
+        self._encoders: asyncio.Queue = asyncio.Queue()
+        for encoder in encoders * 2:  # one speaker being encoded, the next one at hand
+            self._encoders.put_nowait(encoder)
+        self._prefix = uuid.uuid4().hex[:12]
+
+    async def all(self, limit: int) -> None:
+        speakers, pending, number = self.batch.speakers(), set(), 0
+        try:
+            while (part := await asyncio.to_thread(next, speakers, None)) is not None:
+                if isinstance(part, Reject):
+                    self.on_result(part, False)
+                    continue
+                pending.add(asyncio.create_task(self._one(part, f"{self._prefix}-{number}")))
+                number += 1
+                if len(pending) >= limit:
+                    pending = await _some_done(pending)
+            while pending:
+                pending = await _some_done(pending)
+        finally:
+            for task in pending:
+                task.cancel()
+
+    async def _one(self, speaker: Speaker, id: str) -> None:
+        try:
+            if note := await asyncio.to_thread(self.batch.folder.known, speaker):
+                self.on_result(note, True)
+            else:
+                self.on_result(await self._enrolled(speaker, id), False)
+        except Unusable as error:
+            self.on_result(Reject(speaker.name, "enroll", error.reason, error.detail, speaker.where), False)
+
+    async def _enrolled(self, speaker: Speaker, id: str) -> dict[str, Any]:
+        """Raises Unusable."""
+        start = time.monotonic()
+        samples, rejects = await self._encoded(speaker)
+        if not samples:
+            reasons = ", ".join(f"{count} {reason}" for reason, count in Counter(r.reason for r in rejects).items())
+            detail = f"none of {len(speaker.samples)} samples can be used ({reasons}); first: {rejects[0].detail}"
+            raise Unusable("no-usable-samples", detail)
+        request = {
+            "id": id,
+            "speaker": speaker.name,
+            "samples": [sample.to_request() for sample in samples],
+            "consent": speaker.consent,
+            "source": self.batch.folder.source(speaker),
+        }
+        result = await self._asked(request)
+        if "error" in result:
+            raise Unusable(result["error"]["reason"], result["error"]["detail"])
+        row = result["row"] | {"rejected_samples": len(rejects), "wall_seconds": round(time.monotonic() - start, 3)}
+        return await asyncio.to_thread(self.batch.folder.write, speaker, result["voice"], row, rejects)
+
+    async def _encoded(self, speaker: Speaker) -> tuple[list[Any], list[Reject]]:
+        from ray.exceptions import RayActorError
+
+        encoder = await self._encoders.get()
+        try:
+            return await encoder.encode.remote(list(speaker.samples))
+        except RayActorError as error:
+            raise Unusable("worker-lost", f"whoever read the samples died {ENCODINGS + 1} times: {error}") from None
+        finally:
+            self._encoders.put_nowait(encoder)
+
+    async def _asked(self, request: dict[str, Any]) -> dict[str, Any]:
+        """What the stage says, asked again while it is full, and when it was lost: it gives the same voice then."""
+        from ray.exceptions import RayError
+        from ray.serve.exceptions import RayServeException
+
+        lost = 0
+        while True:
+            try:
+                result = await self.stage.enroll.remote(request)
+            except (RayError, RayServeException) as error:
+                lost += 1
+                if lost == ATTEMPTS:
+                    raise EnrollmentError(f"the enrollment stage was lost {lost} times: {error}") from error
+                request = request | {"id": f"{request['id'].partition('.')[0]}.{lost}"}
+                await asyncio.sleep(2.0**lost)
+                continue
+            if result.get("error", {}).get("reason") != "busy":
+                return result
+            await asyncio.sleep(_BUSY_SECONDS)
+
+
+async def _some_done(pending: set[asyncio.Task]) -> set[asyncio.Task]:
+    done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+    for task in done:
+        task.result()
+    return pending
+
+
+def _encoder(batch: Batch, shipped: Any) -> Any:
+    import ray
+
+    config, identity = batch.config, batch.codec.identity.to_dict()
+    device = "cuda" if _on_gpu(config) else "cpu"
+    gpus = {"num_gpus": config.codec_gpus} if device == "cuda" else {}
+    lives = {"max_restarts": -1, "max_task_retries": ENCODINGS}
+    actor = ray.remote(SampleEncoder).options(num_cpus=config.codec_cpus, **lives, **gpus)
+    return actor.remote(settings_of(config, batch.card.sizes.codebooks, device), shipped, identity)
+
+
+def _tokenizers(config: EnrollConfig) -> int:
+    import ray
+
+    if config.tokenizers:
+        return config.tokenizers
+    return max(1, int(ray.cluster_resources()["GPU"])) if _on_gpu(config) else 1
+
+
+def _on_gpu(config: EnrollConfig) -> bool:
+    import ray
+
+    return config.device == "cuda" or (config.device == "auto" and ray.cluster_resources().get("GPU", 0) > 0)
+
+
+def _config_of(folder: str) -> ModelFiles:
+    """A model's files without its weights, which only tuners read."""
+    try:
+        return ModelFiles(folder, storage.read_bytes(storage.join(folder, CONFIG_FILE)), b"")
+    except (OSError, ValueError, ImportError) as error:
+        raise ModelError(
+            f"{folder} is no model: {CONFIG_FILE} cannot be read ({error}); jobs/export.py makes a model's folder: "
+            "name it with --model"
+        ) from None
+
+
+def quarantine_line(reject: Reject | dict[str, Any]) -> str:
+    """A line of quarantine.jsonl."""
+    row = reject._asdict() if isinstance(reject, Reject) else reject
+    return json.dumps({"speaker": row["id"], **{n: row[n] for n in ("stage", "reason", "detail", "where")}}) + "\n"
