@@ -1,27 +1,40 @@
-"""The service as an application of Ray Serve: `pipeline.service.app:build` in infra/configs/serve.yaml."""
+"""The service as an application of Ray Serve: `pipeline.service.app:app` in infra/configs/serve.yaml."""
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from infra import config as configs
+from infra import storage
 from pipeline.service.config import ServiceConfig
 
 if TYPE_CHECKING:
     from ray.serve import Application
 
 
-def build(args: dict[str, Any]) -> Application:
-    """The application of a configuration: the fields of `ServiceConfig`. Raises ConfigError."""
-    return application(configs.load(ServiceConfig, overrides=args))
+NAME = "speech"
 
 
-def application(config: ServiceConfig) -> Application:
+def app(args: dict[str, Any]) -> Application:
+    """The application, from fields of `ServiceConfig`. Raises ConfigError for what they cannot be."""
+    return build(configs.load(ServiceConfig, overrides=args))
+
+
+def build(config: ServiceConfig) -> Application:
+    """The application, for the cluster that this process is connected to."""
     from ray import serve
 
     from pipeline.service.engine import SpeechEngine
     from pipeline.service.ingress import Ingress
+    from pipeline.service.recordings import SampleReader
 
+    config = dataclasses.replace(
+        config,
+        **{name: storage.absolute(getattr(config, name)) for name in ("model", "voices")},
+        tokens=storage.absolute(config.tokens) if config.tokens else None,
+    )
+    quiet = {"log_level": "WARNING", "enable_access_log": False}
     gpus = config.gpu_share if _on_gpu(config.device) else 0
     engine = serve.deployment(
         SpeechEngine,
@@ -33,6 +46,14 @@ def application(config: ServiceConfig) -> Application:
         health_check_period_s=2,
         graceful_shutdown_timeout_s=config.timeout_s,
         ray_actor_options={"num_cpus": config.threads, "num_gpus": gpus},
+        logging_config=quiet,
+    )
+    reader = serve.deployment(
+        SampleReader,
+        name="SampleReader",
+        max_ongoing_requests=4,
+        ray_actor_options={"num_cpus": 0.25},
+        logging_config=quiet,
     )
     ingress = serve.deployment(
         serve.ingress()(Ingress),
@@ -40,7 +61,7 @@ def application(config: ServiceConfig) -> Application:
         max_ongoing_requests=4 * config.most_requests * config.engines + 64,
         ray_actor_options={"num_cpus": 0.1},
     )
-    return ingress.bind(config, engine.bind(config))
+    return ingress.bind(config, engine.bind(config), reader.bind(config))
 
 
 def _on_gpu(device: str) -> bool:

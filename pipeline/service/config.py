@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from infra.config import option
 from pipeline.synthesize_config import DEMO_MODEL
 
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
 SHARED = "shared"
 """The folder of voices that every tenant may speak with."""
 NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
@@ -58,7 +59,14 @@ class ServiceConfig:
         ):
             if getattr(self, field) < 1:
                 raise ValueError(f"{field} must be at least 1, not {getattr(self, field)}")
-        for field in ("timeout_s", "upload_mb", "longest_sample_s", "most_seconds", "first_seconds", "enroll_timeout_s"):
+        for field in (
+            "timeout_s",
+            "upload_mb",
+            "longest_sample_s",
+            "most_seconds",
+            "first_seconds",
+            "enroll_timeout_s",
+        ):
             if not getattr(self, field) > 0:
                 raise ValueError(f"{field} must be above 0, not {getattr(self, field)}")
         if self.waiting < 0 or self.retries < 0:
@@ -76,3 +84,28 @@ class ServiceConfig:
     @property
     def upload_bytes(self) -> int:
         return round(self.upload_mb * 1e6)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeConfig(ServiceConfig):
+    """The service on a machine of its own."""
+
+    host: str = option("127.0.0.1", "address to listen on; others than loopback need --tokens")
+    port: int = option(8000, "port to listen on")
+    enrollment: bool = option(True, "make voices of recordings, too")
+    enroll_slots: int = option(4, "voices that are made at once")
+    enroll_steps: int = option(100, "steps of a voice at most")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.port < 65536:
+            raise ValueError(f"port must be from 1 to 65535, not {self.port}")
+        if self.tokens is None and self.host not in LOOPBACK:
+            raise ValueError(
+                f"host {self.host!r} is beyond this machine, which needs --tokens FILE (who may ask); without it only "
+                f"{', '.join(LOOPBACK)} can be"
+            )
+
+    def service(self) -> ServiceConfig:
+        """The part that the application is told."""
+        return ServiceConfig(**{field.name: getattr(self, field.name) for field in fields(ServiceConfig)})

@@ -65,6 +65,8 @@ class SpeechEngine:
         self.speaker = Speaker(self.synthesizer, config.most_requests, config.pieces_ahead, config.first_seconds)
         self._preparing = ThreadPoolExecutor(1)
         """Phonemes and voices: apart from the event loop, one after another."""
+        # What is loaded with the first text is loaded before it comes.
+        self._prepared(SpeechRequest("Good morning.", None, "", 0, True))
 
     async def speak(self, request: SpeechRequest) -> AsyncIterator[Any]:
         """A `Begun`, then speech (float32 [time] each), then a dict, the report; or a `Refused` at any place."""
@@ -104,7 +106,9 @@ class SpeechEngine:
                         return
                     yield item
         except TimeoutError:
-            yield Refused(504, "timeout", f"the speech did not end within {self.config.timeout_s:g} s; shorten the text")
+            yield Refused(
+                504, "timeout", f"the speech did not end within {self.config.timeout_s:g} s; shorten the text"
+            )
         finally:
             self.speaker.leave(spoken)
 

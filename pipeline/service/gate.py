@@ -73,11 +73,15 @@ class Gate:
         client, host, origin = scope.get("client"), headers.get("host", ""), headers.get("origin")
         if client and not _is_loopback(client[0]):
             return Refusal(
-                403, "local_only", "Without configured tokens only this machine is served: start the service with tokens"
+                403,
+                "local_only",
+                "Without configured tokens only this machine is served: start the service with tokens",
             )
         if not _is_loopback(urlsplit(f"//{host}").hostname or ""):
-            return Refusal(403, "local_only", f"Without configured tokens the service is not {host[:80]!r}: use 127.0.0.1")
-        if origin and origin != "null" and urlsplit(origin).netloc != host or origin == "null":
+            return Refusal(
+                403, "local_only", f"Without configured tokens the service is not {host[:80]!r}: use 127.0.0.1"
+            )
+        if origin is not None and urlsplit(origin).netloc != host:
             return Refusal(403, "foreign_origin", f"Pages of {origin[:80]} may not use this service")
         return None
 

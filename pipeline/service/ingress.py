@@ -6,7 +6,7 @@ from typing import Any
 
 from fastapi import FastAPI
 
-from pipeline.service import errors, speech_api
+from pipeline.service import errors, speech_api, voices_api
 from pipeline.service.config import ServiceConfig
 from pipeline.service.gate import Gate
 from pipeline.service.service import Service
@@ -19,6 +19,7 @@ def application(service: Service) -> FastAPI:
     app = FastAPI(title="lina-ray", description=_ABOUT, version="1")
     errors.install(app)
     app.include_router(speech_api.router(service))
+    app.include_router(voices_api.router(service))
     app.add_middleware(Gate, most_bytes={"/v1/voices": service.config.upload_bytes}, private=service.private)
 
     @app.get("/healthz", tags=["service"])
@@ -33,8 +34,8 @@ def application(service: Service) -> FastAPI:
 class Ingress:
     """One replica."""
 
-    def __init__(self, config: ServiceConfig, engine: Any) -> None:
-        self.service = Service(config, engine)
+    def __init__(self, config: ServiceConfig, engine: Any, reader: Any) -> None:
+        self.service = Service(config, engine, reader)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return application(self.service)

@@ -27,17 +27,18 @@ _bearer = HTTPBearer(auto_error=False, description="A tenant's token; not needed
 class Service:
     """
     Args:
-        engine: handle of `SpeechEngine`.
+        engine, reader: handles of `SpeechEngine` and `recordings.SampleReader`.
 
     Raises:
         ConfigError: a tokens file that cannot be used.
     """
 
-    def __init__(self, config: ServiceConfig, engine: Any) -> None:
+    def __init__(self, config: ServiceConfig, engine: Any, reader: Any) -> None:
         self.config = config
         self.tenants = tenants.read(config)
         self.rates = tenants.Rates()
         self.library = VoiceLibrary(config.voices)
+        self.reader = reader
         self._engine = engine
 
     @property
@@ -71,7 +72,9 @@ class Service:
         try:
             return await asyncio.to_thread(self.library.find, tenant.name, id)
         except UnknownVoice:
-            raise Refusal(404, "voice_not_found", f"No voice {id[:80]!r}: GET /v1/voices lists yours", "voice") from None
+            raise Refusal(
+                404, "voice_not_found", f"No voice {id[:80]!r}: GET /v1/voices lists yours", "voice"
+            ) from None
 
     async def facts(self) -> dict[str, Any]:
         return await self._engine.facts.remote()

@@ -36,7 +36,9 @@ class Speech(BaseModel):
     speed: float = Field(1.0, description="Only 1: the model has no other")
     instructions: str | None = Field(None, description="Not supported")
     stream_format: str = Field("audio", description="Only audio")
-    seed: int = Field(0, description="The same seed says the same; another one says it otherwise", ge=-(2**63), lt=2**63)
+    seed: int = Field(
+        0, description="The same seed says the same; another one says it otherwise", ge=-(2**63), lt=2**63
+    )
     stream: bool = Field(
         True,
         description="Send speech while it is said. Otherwise all sentences are examined, and said again where that "

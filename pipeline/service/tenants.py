@@ -1,11 +1,11 @@
 """Who asks: bearer tokens, each of one tenant, of which only the sha256 is stored.
 
-    tenants:
-      acme:
-        tokens: [9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08]
-        requests_per_minute: 600
+tenants:
+  acme:
+    tokens: [9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08]
+    requests_per_minute: 600
 
-    python -m pipeline.service.tenants        # makes a token: shown once, with the digest for this file
+python -m pipeline.service.tenants        # makes a token: shown once, with the digest for this file
 """
 
 from __future__ import annotations

@@ -2,21 +2,26 @@
 
     <voices>/<tenant>/<voice>.safetensors      <voices>/shared/<voice>.safetensors
 
-A tenant's own voice comes before a shared one of the same name. Names are checked here, whoever asks.
+A tenant's own voice comes before a shared one of the same name. Ids are speakers' names; in files' names everything
+but letters, digits, `_` and `-` is escaped (`pipeline.speakers.file_key`), so that no id leads out of its folder.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
 from dataclasses import dataclass
 from typing import Any
 
 from infra import storage
 from model.voice_file import LARGEST_HEADER, SUFFIX, VoiceError, read_record
+from pipeline.keys import id_of
 from pipeline.service.config import NAME, SHARED
+from pipeline.speakers import file_key
+from pipeline.utterances import Unusable
 
 DEFAULT = "default"
 """The model's own voice, which has no file."""
+_KEY = re.compile(r"[A-Za-z0-9_%-]+")
 
 
 class UnknownVoice(LookupError):
@@ -43,27 +48,30 @@ class VoiceLibrary:
 
     def find(self, tenant: str, id: str) -> Entry:
         """Raises UnknownVoice, for another tenant's voice as for one that is not there."""
-        if _is_name(id):
-            for owner in (tenant, SHARED):
-                entry = self.entry(owner, id)
-                if storage.exists(entry.url):
-                    return entry
+        for owner in (tenant, SHARED):
+            entry = self.entry(owner, id)
+            if storage.exists(entry.url):
+                return entry
         raise UnknownVoice(id)
 
     def entry(self, owner: str, id: str) -> Entry:
-        """Where an owner's voice would be. Raises ValueError for what is no name."""
-        if not _is_name(id) or not NAME.fullmatch(owner):
-            raise ValueError(f"not a voice's name: {id[:80]!r}")
-        return Entry(id, owner == SHARED, storage.join(self.folder, owner, id + SUFFIX))
+        """Where an owner's voice would be. Raises UnknownVoice for what can be no voice's name."""
+        try:
+            key = file_key(id)
+        except Unusable:
+            raise UnknownVoice(id) from None
+        if id == DEFAULT or not _KEY.fullmatch(key) or not NAME.fullmatch(owner):
+            raise UnknownVoice(id)
+        return Entry(id, owner == SHARED, storage.join(self.folder, owner, key + SUFFIX))
 
-    def entries(self, tenant: str) -> Iterator[Entry]:
-        """In the order of their names; what is hidden by a voice of the tenant's own is left out."""
+    def entries(self, tenant: str) -> list[Entry]:
+        """In the order of their ids; what is hidden by a voice of the tenant's own is left out."""
         owners: dict[str, str] = {}
         for owner in (tenant, SHARED):
             for name in storage.names(storage.join(self.folder, owner)):
-                if name.endswith(SUFFIX) and _is_name(id := name.removesuffix(SUFFIX)):
-                    owners.setdefault(id, owner)
-        return (self.entry(owners[id], id) for id in sorted(owners))
+                if name.endswith(SUFFIX) and _KEY.fullmatch(key := name.removesuffix(SUFFIX)):
+                    owners.setdefault(id_of(key), owner)
+        return [self.entry(owners[id], id) for id in sorted(owners) if id != DEFAULT]
 
     def record(self, entry: Entry) -> dict[str, Any]:
         """What a voice file says of itself. Raises UnknownVoice where it is gone, VoiceError for a damaged one."""
@@ -87,7 +95,3 @@ def describe(library: VoiceLibrary, entry: Entry) -> dict[str, Any]:
     except VoiceError as error:
         return shown | {"status": "failed", "error": {"code": "damaged_voice", "message": str(error)}}
     return shown | {"model": record["model"], "consent": record["consent"], "rank": record["rank"]}
-
-
-def _is_name(id: Any) -> bool:
-    return isinstance(id, str) and id != DEFAULT and bool(NAME.fullmatch(id))

@@ -1,0 +1,187 @@
+"""Voices on their way: from samples through the enrollment stage to a file, with a record that outlives this process.
+
+<voices>/<tenant>/.enrolling/<voice>.json       until the voice is there, or after it failed, until it is deleted
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import time
+import uuid
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from infra import storage
+from pipeline.service.config import ServiceConfig
+from pipeline.service.recordings import Recording
+from pipeline.service.voice_library import Entry, VoiceLibrary
+
+logger = logging.getLogger("ray.serve")
+_GRACE = 60.0
+"""Seconds beyond its time after which an enrollment without an end is lost."""
+
+
+@dataclass(frozen=True)
+class Enrollment:
+    """A voice that is being made, or could not be."""
+
+    id: str
+    request: str
+    """Its id at the enrollment stage."""
+    created: float
+    """Seconds since 1970."""
+    ends: float
+    """When it has ended at the latest."""
+    status: str = "reading"
+    """reading, tuning, failed."""
+    error: dict[str, str] | None = None
+    """code and message, of a failed one."""
+    rejects: list[dict[str, Any]] = field(default_factory=list)
+    """Samples that could not be used."""
+
+    @property
+    def open(self) -> bool:
+        return self.status != "failed"
+
+
+class Enrollments:
+    """
+    Args:
+        reader: handle of `recordings.SampleReader`.
+    """
+
+    def __init__(self, config: ServiceConfig, library: VoiceLibrary, reader: Any) -> None:
+        self.config, self.library, self.reader = config, library, reader
+        self._tasks: dict[str, asyncio.Task] = {}
+
+    def count(self, tenant: str) -> int:
+        """How many of a tenant's enrollments have not ended."""
+        return sum(enrollment.open for enrollment in self.of(tenant))
+
+    def of(self, tenant: str) -> list[Enrollment]:
+        """A tenant's, in the order of their names."""
+        found = (self.find(tenant, name.removesuffix(".json")) for name in storage.names(self._folder(tenant)))
+        return [enrollment for enrollment in found if enrollment]
+
+    def find(self, tenant: str, id: str) -> Enrollment | None:
+        """A tenant's enrollment of a voice, if there is one; `id` has been checked."""
+        try:
+            enrollment = Enrollment(**json.loads(storage.read_bytes(self._url(tenant, id))))
+        except (OSError, ValueError, TypeError):
+            return None
+        if enrollment.open and time.time() > enrollment.ends:
+            return replace(enrollment, status="failed", error=_error("lost", "it was interrupted: enroll it again"))
+        return enrollment
+
+    async def begin(
+        self, entry: Entry, tenant: str, recordings: list[Recording], consent: dict[str, str], seed: int | None
+    ) -> Enrollment:
+        """Notes an enrollment and starts it; its voice will be `entry`."""
+        now, limit = time.time(), self.config.enroll_timeout_s
+        enrollment = Enrollment(entry.id, uuid.uuid4().hex, now, now + limit + _GRACE)
+        await asyncio.to_thread(self._note, tenant, enrollment)
+        task = asyncio.create_task(self._followed(enrollment, entry, tenant, recordings, consent, seed))
+        self._tasks[enrollment.request] = task
+        task.add_done_callback(lambda _: self._tasks.pop(enrollment.request, None))
+        return enrollment
+
+    async def progress(self, enrollment: Enrollment) -> dict[str, Any] | None:
+        """What the enrollment stage says of it: state, place in the queue, steps of how many, losses."""
+        if enrollment.status != "tuning":
+            return None
+        try:
+            told = await asyncio.wait_for(stage().progress.remote(enrollment.request), 5)
+        except Exception:  # whatever keeps the stage from answering, the record is there
+            logger.warning("the enrollment stage does not tell its progress", exc_info=True)
+            return None
+        return {name: value for name, value in (told or {}).items() if name not in ("id", "speaker", "error")} or None
+
+    async def cancel(self, tenant: str, enrollment: Enrollment) -> None:
+        """Ends and forgets it."""
+        if task := self._tasks.pop(enrollment.request, None):
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+        self.forget(tenant, enrollment.id)
+        if enrollment.status == "tuning":
+            await stage().cancel.remote(enrollment.request)
+
+    def forget(self, tenant: str, id: str) -> None:
+        storage.remove(self._url(tenant, id))
+
+    async def _followed(
+        self,
+        enrollment: Enrollment,
+        entry: Entry,
+        tenant: str,
+        recordings: list[Recording],
+        consent: dict[str, str],
+        seed: int | None,
+    ) -> None:
+        try:
+            async with asyncio.timeout(self.config.enroll_timeout_s):
+                read = await self.reader.read.remote(recordings)
+                enrollment = replace(enrollment, rejects=read.rejects)
+                error = self._unusable(read.seconds, read.rejects)
+                if error is None:
+                    enrollment = replace(enrollment, status="tuning")
+                    await asyncio.to_thread(self._note, tenant, enrollment)
+                    made = await stage().enroll.remote(
+                        {
+                            "id": enrollment.request,
+                            "speaker": entry.id,
+                            "samples": read.samples,
+                            "consent": consent,
+                            "seed": seed,
+                            "timeout_s": self.config.enroll_timeout_s,
+                        }
+                    )
+                    if "voice" in made:
+                        await asyncio.to_thread(self.library.write, entry, made["voice"])
+                        await asyncio.to_thread(self.forget, tenant, entry.id)
+                        return
+                    error = _error(made["error"]["reason"].replace("-", "_"), made["error"]["detail"])
+        except TimeoutError:
+            error = _error("timeout", f"not done within {self.config.enroll_timeout_s:g} s")
+        except Exception:  # it ends where nobody waits: the record and the log are told
+            logger.exception("enrollment %s failed", enrollment.request)
+            error = _error("internal_error", "The service failed; its log says how")
+        await asyncio.to_thread(self._note, tenant, replace(enrollment, status="failed", error=error))
+
+    def _unusable(self, seconds: float, rejects: list[dict[str, Any]]) -> dict[str, str] | None:
+        if seconds >= self.config.least_seconds:
+            return None
+        first = f"; sample {rejects[0]['sample']}: {rejects[0]['detail']}" if rejects else ""
+        least = self.config.least_seconds
+        return _error("too_little_speech", f"{seconds:.1f} s of speech can be used, {least:g} s are needed{first}")
+
+    def _note(self, tenant: str, enrollment: Enrollment) -> None:
+        storage.write_text(self._url(tenant, enrollment.id), json.dumps(asdict(enrollment)))
+
+    def _folder(self, tenant: str) -> str:
+        return storage.join(self.config.voices, tenant, ".enrolling")
+
+    def _url(self, tenant: str, id: str) -> str:
+        return storage.join(self._folder(tenant), f"{id}.json")
+
+
+class NoStage(RuntimeError):
+    """The application `enrollment` does not run."""
+
+
+def stage() -> Any:
+    """Handle of the enrollment stage. Raises NoStage."""
+    from ray import serve
+    from ray.serve.exceptions import RayServeException
+
+    from pipeline.enrollment_stage import NAME
+
+    try:
+        return serve.get_app_handle(NAME)
+    except RayServeException:
+        raise NoStage(NAME) from None
+
+
+def _error(code: str, message: str) -> dict[str, str]:
+    return {"code": code, "message": message}
