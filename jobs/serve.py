@@ -2,10 +2,10 @@
 """Speech over HTTP, in the foreground: OpenAI's interface for speech, enrollment of voices, and a page to try both.
 
     python jobs/serve.py --port 8000 --model models/lina --voices voices/
-    curl -s http://127.0.0.1:8000/v1/audio/speech -d '{"model": "lina", "input": "Good morning.", "response_format": "wav"}' \\
-        -H 'Content-Type: application/json' > morning.wav
+    curl -s http://127.0.0.1:8000/v1/audio/speech -H 'Content-Type: application/json' \\
+        -d '{"model": "lina", "input": "Good morning.", "response_format": "wav"}' > morning.wav
 
-Starts Ray on this machine unless RAY_ADDRESS names a cluster; Ctrl-C ends the service and what it started, nothing else.
+Starts Ray on this machine unless RAY_ADDRESS names a cluster; Ctrl-C ends what it started, and nothing else.
 Without --tokens anybody on this machine, and nobody else, is served. Each tenant in that file speaks with the voices in
 VOICES/TENANT/ and VOICES/shared/; `python -m pipeline.service.tenants` makes a token.
 Exit codes: 0 stopped; 1 failed; 2 the command is wrong.

@@ -7,13 +7,16 @@ import logging
 import signal
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 from infra import cluster
-from model.codec_config import CodecError
 from pipeline.service import tenants
-from pipeline.service.config import ServeConfig
+from pipeline.service.config import SHARED, ServeConfig
 from pipeline.synthesis import read_model
+
+if TYPE_CHECKING:
+    from ray.serve import Application
 
 
 class ServiceError(RuntimeError):
@@ -30,16 +33,13 @@ def run(config: ServeConfig) -> int:
     stopped = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stopped.set())
-    with cluster.connect(), _serving(config):
-        where = f"http://{f'[{config.host}]' if ':' in config.host else config.host}:{config.port}"
-        print(f"serve     {where}  (page: /, interface: /docs)", flush=True)
+    with cluster.connect() as connection, _serving(config, own_ray=connection.own_folder is not None):
+        host = f"[{config.host}]" if ":" in config.host else config.host
+        print(f"serve     http://{host}:{config.port}  (page: /, interface: /docs)")
         if config.tokens is None:
-            print(
-                "tokens    none: only this machine is served, whoever asks there (--tokens FILE changes it)", flush=True
-            )
-        print(
-            f"voices    {config.voices}/{config.tenant if config.tokens is None else 'TENANT'} and shared", flush=True
-        )
+            print("tokens    none: whoever asks on this machine is served, nobody else (see --tokens)")
+        tenant = config.tenant if config.tokens is None else "TENANT"
+        print(f"voices    {config.voices}/{tenant} and {config.voices}/{SHARED}", flush=True)
         stopped.wait()
         print("serve     stopping", flush=True)
     return 0
@@ -56,51 +56,55 @@ def _check(config: ServeConfig) -> None:
         try:
             probe.bind((config.host, config.port))
         except OSError as error:
-            raise ServiceError(f"{config.host}:{config.port} cannot be had ({error.strerror}): choose another --port")
+            what = f"{config.host}:{config.port} cannot be had ({error.strerror}): choose another --port"
+            raise ServiceError(what) from None
 
 
 @contextlib.contextmanager
-def _serving(config: ServeConfig) -> Iterator[None]:
+def _serving(config: ServeConfig, own_ray: bool) -> Iterator[None]:
+    """The applications. In a cluster whose Serve runs already, these are started and deleted, and nothing else."""
     from ray import serve
 
     from pipeline.service import app
 
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    builders: dict[str, Callable[[], Application]] = {app.NAME: lambda: app.build(config.service())}
+    if config.enrollment:
+        builders = {"enrollment": lambda: _enrollment(config), **builders}
+    running = {} if own_ray else serve.status().applications
+    if taken := [name for name in builders if name in running]:
+        raise ServiceError(f"the cluster runs an application {taken[0]!r} already: `serve status` shows it")
     serve.start(http_options={"host": config.host, "port": config.port}, logging_config={"log_level": "WARNING"})
     try:
-        if config.enrollment:
-            _start(lambda: _enrollment(config), "enrollment", None)
-        _start(lambda: app.build(config.service()), app.NAME, "/")
+        for name, build in builders.items():
+            try:
+                serve.run(build(), name=name, route_prefix="/" if name == app.NAME else None)
+            except RuntimeError as error:
+                raise ServiceError(f"application {name!r} did not start: {error}") from None
         yield
     finally:
-        serve.shutdown()
+        if running:
+            for name in builders:
+                serve.delete(name)
+        else:
+            serve.shutdown()
 
 
-def _start(build, name: str, prefix: str | None) -> None:
-    from ray import serve
-
-    try:
-        serve.run(build(), name=name, route_prefix=prefix)
-    except (CodecError, RuntimeError) as error:
-        raise ServiceError(f"application {name!r} did not start: {error}") from None
-
-
-def _enrollment(config: ServeConfig):
+def _enrollment(config: ServeConfig) -> Application:
     """The enrollment stage, sharing the machine with speech."""
     from pipeline.enroll_config import StageConfig
     from pipeline.enrollment_stage import build
 
-    slots = {"slots": config.enroll_slots} if config.enroll_slots else {}
     return build(
         StageConfig(
             model=config.model,
             device=config.device,
             steps=config.enroll_steps,
+            slots=config.enroll_slots,
             threads=config.threads,
             replica_cpus=0.25,
             max_replicas=1,
             timeout=config.enroll_timeout_s,
             queue=64,
-            **slots,
         )
     )
