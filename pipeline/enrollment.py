@@ -34,7 +34,7 @@ from pipeline.utterances import Reject, Unusable
 ATTEMPTS = 5
 """Times that a speaker is asked for when the stage itself is lost."""
 ENCODINGS = 3
-"""Times that a speaker's samples are read again when the worker that read them died."""
+"""Workers that may die while they read a speaker's samples."""
 _BUSY_SECONDS = 2.0
 
 OnResult = Callable[[dict[str, Any] | Reject, bool], None]
@@ -94,23 +94,38 @@ def run(batch: Batch, stage: Any, on_result: OnResult) -> None:
 
     about = stage.about.remote().result(timeout_s=300)
     limit = batch.config.in_flight or 2 * about["slots"] * about["max_replicas"] + 2
-    shipped = ray.put(batch.codec)
-    encoders = [_encoder(batch, shipped) for _ in range(_tokenizers(batch.config))]
+    run_ = _Run(batch, stage, ray.put(batch.codec), on_result)
     try:
-        asyncio.run(_Run(batch, stage, encoders, on_result).all(limit))
+        asyncio.run(run_.all(limit))
     finally:
-        for encoder in encoders:
+        for encoder in run_.encoders:
             ray.kill(encoder)
+
+
+def all_known(batch: Batch) -> list[dict[str, Any] | Reject] | None:
+    """What is known of every speaker, where nothing is missing; None as soon as something is."""
+    found: list[dict[str, Any] | Reject] = []
+    for part in batch.speakers():
+        try:
+            result = part if isinstance(part, Reject) else batch.folder.known(part)
+        except Unusable as error:
+            result = _rejected(part, error)
+        if result is None:
+            return None
+        found.append(result)
+    return found
 
 
 class _Run:
     """One pass over the speakers, in one event loop."""
 
-    def __init__(self, batch: Batch, stage: Any, encoders: list[Any], on_result: OnResult) -> None:
-        self.batch, self.stage, self.on_result = batch, stage, on_result
-        self._encoders: asyncio.Queue = asyncio.Queue()
-        for encoder in encoders * 2:  # one speaker being encoded, the next one at hand
-            self._encoders.put_nowait(encoder)
+    def __init__(self, batch: Batch, stage: Any, shipped: Any, on_result: OnResult) -> None:
+        """`shipped` is a Ray reference to the codec."""
+        self.batch, self.stage, self.shipped, self.on_result = batch, stage, shipped, on_result
+        self.encoders = [_encoder(batch, shipped) for _ in range(_tokenizers(batch.config))]
+        self._free: asyncio.Queue = asyncio.Queue()
+        for encoder in self.encoders:
+            self._free.put_nowait(encoder)
         self._prefix = uuid.uuid4().hex[:12]
 
     async def all(self, limit: int) -> None:
@@ -137,7 +152,7 @@ class _Run:
             else:
                 self.on_result(await self._enrolled(speaker, id), False)
         except Unusable as error:
-            self.on_result(Reject(speaker.name, "enroll", error.reason, error.detail, speaker.where), False)
+            self.on_result(_rejected(speaker, error), False)
 
     async def _enrolled(self, speaker: Speaker, id: str) -> dict[str, Any]:
         """Raises Unusable."""
@@ -161,15 +176,21 @@ class _Run:
         return await asyncio.to_thread(self.batch.folder.write, speaker, result["voice"], row, rejects)
 
     async def _encoded(self, speaker: Speaker) -> tuple[list[Any], list[Reject]]:
+        """(samples, rejects). Raises Unusable where worker after worker died of them."""
         from ray.exceptions import RayActorError
 
-        encoder = await self._encoders.get()
-        try:
-            return await encoder.encode.remote(list(speaker.samples))
-        except RayActorError as error:
-            raise Unusable("worker-lost", f"whoever read the samples died {ENCODINGS + 1} times: {error}") from None
-        finally:
-            self._encoders.put_nowait(encoder)
+        for _ in range(ENCODINGS):
+            encoder = await self._free.get()
+            try:
+                return await encoder.encode.remote(list(speaker.samples))
+            except RayActorError as error:
+                fault = str(error)
+                self.encoders.remove(encoder)
+                encoder = _encoder(self.batch, self.shipped)
+                self.encoders.append(encoder)
+            finally:
+                self._free.put_nowait(encoder)
+        raise Unusable("worker-lost", f"{ENCODINGS} workers died while they read its samples: {fault[:300]}")
 
     async def _asked(self, request: dict[str, Any]) -> dict[str, Any]:
         """What the stage says, asked again while it is full, and when it was lost: it gives the same voice then."""
@@ -199,14 +220,17 @@ async def _some_done(pending: set[asyncio.Task]) -> set[asyncio.Task]:
     return pending
 
 
+def _rejected(speaker: Speaker, error: Unusable) -> Reject:
+    return Reject(speaker.name, "enroll", error.reason, error.detail, speaker.where)
+
+
 def _encoder(batch: Batch, shipped: Any) -> Any:
     import ray
 
     config, identity = batch.config, batch.codec.identity.to_dict()
     device = "cuda" if _on_gpu(config) else "cpu"
     gpus = {"num_gpus": config.codec_gpus} if device == "cuda" else {}
-    lives = {"max_restarts": -1, "max_task_retries": ENCODINGS}
-    actor = ray.remote(SampleEncoder).options(num_cpus=config.codec_cpus, **lives, **gpus)
+    actor = ray.remote(SampleEncoder).options(num_cpus=config.codec_cpus, **gpus)
     return actor.remote(settings_of(config, batch.card.sizes.codebooks, device), shipped, identity)
 
 
