@@ -6,7 +6,7 @@ from typing import Any
 
 from fastapi import FastAPI
 
-from pipeline.service import errors, speech_api, voices_api
+from pipeline.service import errors, pages, speech_api, voices_api
 from pipeline.service.config import ServiceConfig
 from pipeline.service.gate import Gate
 from pipeline.service.service import Service
@@ -20,6 +20,7 @@ def application(service: Service) -> FastAPI:
     errors.install(app)
     app.include_router(speech_api.router(service))
     app.include_router(voices_api.router(service))
+    app.include_router(pages.router())
     app.add_middleware(Gate, most_bytes={"/v1/voices": service.config.upload_bytes}, private=service.private)
 
     @app.get("/healthz", tags=["service"])

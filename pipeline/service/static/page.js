@@ -1,0 +1,269 @@
+// The page: asks the service, plays what it says, shows what it knows.
+
+import { draw } from "/static/spectrogram.js";
+import { Stream, WavReader, joined } from "/static/sound.js";
+
+const $ = (id) => document.getElementById(id);
+const canvas = $("spectrogram");
+let speaking = null; // { abort, stream } while something is said
+let model = "lina";
+
+/** Asks the service; what it refuses becomes an Error with its words. */
+async function ask(path, options = {}) {
+  const token = sessionStorage.getItem("token");
+  const headers = { ...options.headers, ...(token ? { Authorization: `Bearer ${token}` } : {}) };
+  const answer = await fetch(path, { ...options, headers });
+  if (answer.ok) return answer;
+  if (answer.status === 401) $("token-form").hidden = false;
+  const told = await answer.json().catch(() => null);
+  throw new Error(told?.error?.message ?? `The service answered ${answer.status}`);
+}
+
+function tell(id, text, bad = false) {
+  $(id).textContent = text;
+  $(id).classList.toggle("bad", bad);
+}
+
+async function start() {
+  try {
+    const health = await (await ask("/healthz")).json();
+    tell("service", `ready · ${health.codec} · ${health.rate / 1000} kHz`);
+    $("service").className = "up";
+    $("token-form").hidden = !health.tokens || Boolean(sessionStorage.getItem("token"));
+    if (!health.tokens || sessionStorage.getItem("token")) {
+      model = (await (await ask("/v1/models")).json()).data[0].id;
+      await showVoices();
+    }
+  } catch (error) {
+    tell("service", error.message);
+    $("service").className = "down";
+  }
+}
+
+async function showVoices(chosen = $("voice").value) {
+  const { data } = await (await ask("/v1/voices?limit=1000")).json();
+  const ready = data.filter((voice) => voice.status === "ready");
+  $("voice").replaceChildren(...ready.map(({ id }) => new Option(id === "default" ? "default (the model’s own)" : id, id)));
+  $("voice").value = ready.some(({ id }) => id === chosen) ? chosen : "default";
+  $("voices").replaceChildren(...data.map(voiceItem));
+}
+
+function voiceItem(voice) {
+  const item = document.createElement("li");
+  const about = Object.assign(document.createElement("div"), { className: "about" });
+  const name = Object.assign(document.createElement("strong"), { textContent: voice.id });
+  const detail = document.createElement("span");
+  detail.textContent = describe(voice);
+  detail.classList.toggle("bad", voice.status === "failed");
+  about.append(name, detail);
+  item.append(about);
+  if (!voice.shared) {
+    const remove = Object.assign(document.createElement("button"), { type: "button", textContent: "Delete" });
+    remove.setAttribute("aria-label", `Delete voice ${voice.id}`);
+    remove.onclick = async () => {
+      if (!confirm(`Delete voice “${voice.id}”? Nobody can speak with it from then on.`)) return;
+      await ask(`/v1/voices/${encodeURIComponent(voice.id)}`, { method: "DELETE" });
+      await showVoices();
+    };
+    item.append(remove);
+  }
+  return item;
+}
+
+function describe(voice) {
+  if (voice.id === "default") return "the model’s own voice";
+  if (voice.status === "failed") return voice.error.message;
+  if (voice.status !== "ready") return "being made";
+  return `${voice.consent.who} · ${voice.shared ? "shared" : "yours"}`;
+}
+
+$("text").oninput = () => {
+  $("count").textContent = `${$("text").value.length} of ${$("text").maxLength} characters`;
+};
+
+$("token-form").onsubmit = (event) => {
+  event.preventDefault();
+  sessionStorage.setItem("token", $("token").value.trim());
+  $("token").value = "";
+  start();
+};
+
+$("speak").onsubmit = async (event) => {
+  event.preventDefault();
+  stop();
+  const streamed = new FormData($("speak")).get("way") === "stream";
+  const abort = new AbortController();
+  const mine = (speaking = { abort, stream: null });
+  $("stop").disabled = false;
+  $("player").hidden = $("download").hidden = true;
+  tell("said", "Thinking …");
+  const asked = performance.now();
+  try {
+    const answer = await ask("/v1/audio/speech", {
+      method: "POST",
+      signal: abort.signal,
+      headers: { "Content-Type": "application/json" },
+      body: JSON.stringify({
+        model,
+        input: $("text").value,
+        voice: $("voice").value,
+        seed: Number($("seed").value) || 0,
+        response_format: "wav",
+        stream: streamed,
+      }),
+    });
+    const report = JSON.parse(answer.headers.get("X-Lina-Report") ?? "null");
+    const { wave, wav } = await listen(answer, mine, streamed, asked);
+    await show(wave, wav, report, streamed);
+  } catch (error) {
+    if (error.name === "AbortError") tell("said", "Stopped");
+    else tell("said", error.message, true);
+  } finally {
+    if (speaking === mine) $("stop").disabled = !mine.stream?.sources.size;
+  }
+};
+
+/** Reads an answer to its end, plays it meanwhile if wanted, and gives back the whole wave. */
+async function listen(answer, mine, aloud, asked) {
+  const reader = answer.body.getReader();
+  const wav = new WavReader();
+  const parts = [];
+  let first = null;
+  let drawn = 0;
+  for (;;) {
+    const { done, value } = await reader.read();
+    if (done) break;
+    const part = wav.read(value);
+    if (!part.length) continue;
+    first ??= performance.now() - asked;
+    parts.push(part);
+    if (aloud) (mine.stream ??= new Stream(wav.rate)).add(part);
+    const seconds = parts.reduce((sum, one) => sum + one.length, 0) / wav.rate;
+    tell("said", `${seconds.toFixed(1)} s said, the first after ${(first / 1000).toFixed(2)} s`);
+    if (performance.now() - drawn > 250) {
+      draw(canvas, joined(parts), wav.rate);
+      drawn = performance.now();
+    }
+  }
+  return { wave: joined(parts), wav };
+}
+
+async function show(wave, wav, report, played) {
+  const seconds = wave.length / wav.rate;
+  draw(canvas, wave, wav.rate);
+  canvas.setAttribute("aria-label", `Spectrogram of ${seconds.toFixed(1)} seconds of speech, up to 8 kilohertz`);
+  $("to").textContent = `${seconds.toFixed(1)} s`;
+  if ($("player").src) URL.revokeObjectURL($("player").src);
+  $("player").src = $("file").href = URL.createObjectURL(wav.file());
+  $("player").hidden = $("download").hidden = false;
+  const faults = report?.faults.length ? `faults: ${report.faults.join(", ")}` : "no faults";
+  $("report").textContent = report ? `${counted(report.pieces, "sentence")}, ${counted(report.attempts, "attempt")}, ${faults}` : "";
+  if (!played) await $("player").play().catch(() => tell("said", "Press play to hear it"));
+}
+
+const counted = (number, what) => `${number} ${what}${number === 1 ? "" : "s"}`;
+
+function stop() {
+  speaking?.abort.abort();
+  speaking?.stream?.stop();
+  speaking = null;
+  $("stop").disabled = true;
+}
+$("stop").onclick = stop;
+
+// --- making a voice
+
+const recordings = []; // { file, text: the input of its transcript }
+
+async function take(files) {
+  const audio = [...files].filter((file) => !file.name.endsWith(".txt"));
+  const texts = new Map();
+  for (const file of files) if (file.name.endsWith(".txt")) texts.set(stem(file), (await file.text()).trim());
+  for (const file of audio) recordings.push({ file, text: item(file, texts.get(stem(file)) ?? "") });
+  for (const { file, text } of recordings) text.value ||= texts.get(stem(file)) ?? "";
+}
+
+const stem = (file) => file.name.replace(/\.[^.]*$/, "");
+
+function item(file, said) {
+  const line = document.createElement("li");
+  const name = Object.assign(document.createElement("span"), { className: "file", textContent: file.name, title: file.name });
+  const text = Object.assign(document.createElement("input"), { value: said, required: true, placeholder: "What is said in it" });
+  text.setAttribute("aria-label", `What is said in ${file.name}`);
+  const remove = Object.assign(document.createElement("button"), { type: "button", textContent: "Remove" });
+  remove.setAttribute("aria-label", `Remove ${file.name}`);
+  remove.onclick = () => {
+    recordings.splice(recordings.findIndex((recording) => recording.text === text), 1);
+    line.remove();
+  };
+  line.append(name, text, remove);
+  $("list").append(line);
+  return text;
+}
+
+$("samples").onchange = () => {
+  take($("samples").files);
+  $("samples").value = "";
+};
+for (const kind of ["dragenter", "dragover"]) {
+  $("drop").addEventListener(kind, (event) => {
+    event.preventDefault();
+    $("drop").classList.add("over");
+  });
+}
+$("drop").addEventListener("dragleave", () => $("drop").classList.remove("over"));
+$("drop").addEventListener("drop", (event) => {
+  event.preventDefault();
+  $("drop").classList.remove("over");
+  take(event.dataTransfer.files);
+});
+
+$("enroll").onsubmit = async (event) => {
+  event.preventDefault();
+  if (!recordings.length) return tell("enrolled", "Drop at least one recording first", true);
+  const id = $("name").value;
+  const form = new FormData();
+  form.set("id", id);
+  form.set("consent_who", $("who").value);
+  form.set("consent_when", new Date().toISOString().slice(0, 10));
+  form.set("consent_scope", $("scope").value);
+  for (const { file, text } of recordings) {
+    form.append("samples", file);
+    form.append("transcripts", text.value);
+  }
+  try {
+    tell("enrolled", "Sending …");
+    await ask("/v1/voices", { method: "POST", body: form });
+    await follow(id);
+  } catch (error) {
+    tell("enrolled", error.message, true);
+  } finally {
+    $("progress").hidden = true;
+  }
+};
+
+/** Watches a voice being made, to its end. */
+async function follow(id) {
+  $("progress").hidden = false;
+  await showVoices();
+  for (;;) {
+    const voice = await (await ask(`/v1/voices/${encodeURIComponent(id)}`)).json();
+    if (voice.status === "failed") throw new Error(voice.error.message);
+    if (voice.status === "ready") break;
+    const { state, place, steps, of } = voice.progress ?? {};
+    if (steps) {
+      $("progress").value = steps / of;
+      tell("enrolled", `Step ${steps} of at most ${of}`);
+    } else {
+      $("progress").removeAttribute("value");
+      tell("enrolled", state === "waiting" && place > 1 ? `Number ${place} in the queue` : "Listening to the recordings …");
+    }
+    await new Promise((done) => setTimeout(done, 500));
+  }
+  tell("enrolled", `Voice “${id}” is there: it is chosen above`);
+  await showVoices(id);
+}
+
+$("text").oninput();
+draw(canvas, new Float32Array(0), 24000);
+start();
