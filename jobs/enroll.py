@@ -18,6 +18,7 @@ if __name__ == "__main__":
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 import argparse
+import contextlib
 import time
 from typing import Any
 
@@ -99,15 +100,12 @@ def enroll(config: EnrollConfig) -> int:
 def work(batch: Any, run: Any) -> tuple[Any, dict[str, Any]]:
     """(results, summary) of all speakers, with the report written and tracked."""
     from infra import storage
-    from pipeline import enrollment, enrollment_report
+    from pipeline import enrollment_report
 
     results, start = enrollment_report.Results(), time.monotonic()
-    if (known := enrollment.all_known(batch)) is not None:
-        print("enroll: nothing is missing")
-        for result in known:
-            results.take(result, True)
-    else:
-        tune(batch, results, run)
+    tune(batch, results, run)
+    if results.known == len(results.rows):
+        print("enroll: nothing was missing that could be made")
     if batch.config.listen:
         from pipeline.enrollment_listening import listen
 
@@ -127,10 +125,11 @@ def tune(batch: Any, results: Any, run: Any) -> None:
 
     config, start = batch.config, time.monotonic()
     pace = {"mininterval": 0.2} if sys.stderr.isatty() else {"mininterval": 10.0, "maxinterval": 10.0, "ncols": 100}
-    with (
-        enrollment_app.stage(config.stage(owner=f"enroll {config.output}"), batch.about) as stage,
-        tqdm(desc="enrolling", unit=" speakers", **pace) as bar,
-    ):
+    with contextlib.ExitStack() as opened, tqdm(desc="enrolling", unit=" speakers", **pace) as bar:
+
+        def open_stage() -> Any:
+            own = config.stage(owner=f"enroll {config.output}")
+            return opened.enter_context(enrollment_app.stage(own, batch.about))
 
         def on_result(result: Any, known: bool) -> None:
             results.take(result, known)
@@ -143,7 +142,7 @@ def tune(batch: Any, results: Any, run: Any) -> None:
                 if config.child_runs:
                     track_speaker(config, run, result["row"])
 
-        enrollment.run(batch, stage, on_result)
+        enrollment.run(batch, open_stage, on_result)
 
 
 def track_speaker(config: EnrollConfig, parent: Any, row: dict[str, Any]) -> None:

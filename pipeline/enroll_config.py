@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 _RECIPE = ("rank", "lr", "batch", "steps", "schedule", "warmup", "weight_decay", "clip", "scale", "position")
 _RECIPE += ("held_out", "held_out_most", "eval_every", "patience", "seed")
 _TOKENS = ("min_seconds", "max_seconds", "max_clipped_fraction", "min_loudness_db", "transcribe")
-_TENANT = re.compile(r"[A-Za-z0-9_-]{1,64}")
+TENANT = re.compile(r"[A-Za-z0-9_-]{1,64}")
 SHARED = "shared"
 """The tenant whose voices everybody may use."""
 
@@ -124,7 +124,7 @@ class EnrollConfig(StageConfig):
         super().__post_init__()
         if not self.speakers:
             raise ValueError("speakers is missing: give --speakers, a JSONL file or a folder with a folder a speaker")
-        if not _TENANT.fullmatch(self.tenant):
+        if not TENANT.fullmatch(self.tenant):
             raise ValueError(f"tenant must be letters, digits, _ and -, at most 64, not {self.tenant!r}")
         if not 0 < self.min_seconds < self.max_seconds:
             raise ValueError(f"max_seconds ({self.max_seconds}) must be above min_seconds ({self.min_seconds}) above 0")

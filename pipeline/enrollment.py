@@ -26,6 +26,7 @@ from pipeline.enroll_config import EnrollConfig
 from pipeline.enrolled import recipe_record
 from pipeline.enrollment_app import EnrollmentError, about_tuning
 from pipeline.enrollment_files import VoiceFolder
+from pipeline.enrollment_stage import resolved
 from pipeline.speaker_samples import SampleEncoder, settings_of
 from pipeline.speakers import Consents, Speaker, read_speakers
 from pipeline.synthesis import ModelFiles
@@ -83,49 +84,37 @@ def prepare(config: EnrollConfig) -> Batch:
     return batch
 
 
-def run(batch: Batch, stage: Any, on_result: OnResult) -> None:
-    """Enrolls every speaker that is not done, through a handle of the stage.
+def run(batch: Batch, open_stage: Callable[[], Any], on_result: OnResult) -> None:
+    """Enrolls every speaker that is not done.
+
+    Args:
+        open_stage: gives a handle of the stage; called once, by the first speaker with samples to tune on.
 
     Raises:
         ManifestError: the speakers' file cannot be read to its end.
-        EnrollmentError: the stage was lost for good.
+        EnrollmentError: the stage was lost for good; also what `open_stage` raises.
     """
     import ray
 
-    about = stage.about.remote().result(timeout_s=300)
-    limit = batch.config.in_flight or 2 * about["slots"] * about["max_replicas"] + 2
-    run_ = _Run(batch, stage, ray.put(batch.codec), on_result)
+    stage = resolved(batch.config.stage())
+    limit = batch.config.in_flight or 2 * stage.slots * stage.max_replicas + 2
+    one_pass = _Run(batch, open_stage, ray.put(batch.codec), on_result)
     try:
-        asyncio.run(run_.all(limit))
+        asyncio.run(one_pass.all(limit))
     finally:
-        for encoder in run_.encoders:
+        for encoder in one_pass.encoders:
             ray.kill(encoder)
-
-
-def all_known(batch: Batch) -> list[dict[str, Any] | Reject] | None:
-    """What is known of every speaker, where nothing is missing; None as soon as something is."""
-    found: list[dict[str, Any] | Reject] = []
-    for part in batch.speakers():
-        try:
-            result = part if isinstance(part, Reject) else batch.folder.known(part)
-        except Unusable as error:
-            result = _rejected(part, error)
-        if result is None:
-            return None
-        found.append(result)
-    return found
 
 
 class _Run:
     """One pass over the speakers, in one event loop."""
 
-    def __init__(self, batch: Batch, stage: Any, shipped: Any, on_result: OnResult) -> None:
+    def __init__(self, batch: Batch, open_stage: Callable[[], Any], shipped: Any, on_result: OnResult) -> None:
         """`shipped` is a Ray reference to the codec."""
-        self.batch, self.stage, self.shipped, self.on_result = batch, stage, shipped, on_result
-        self.encoders = [_encoder(batch, shipped) for _ in range(_tokenizers(batch.config))]
+        self.batch, self.open_stage, self.shipped, self.on_result = batch, open_stage, shipped, on_result
+        self.encoders: list[Any] = []
         self._free: asyncio.Queue = asyncio.Queue()
-        for encoder in self.encoders:
-            self._free.put_nowait(encoder)
+        self._opening: asyncio.Future | None = None
         self._prefix = uuid.uuid4().hex[:12]
 
     async def all(self, limit: int) -> None:
@@ -180,27 +169,41 @@ class _Run:
         from ray.exceptions import RayActorError
 
         for _ in range(ENCODINGS):
+            if not self.encoders:
+                self._add_encoders(_tokenizers(self.batch.config))
             encoder = await self._free.get()
             try:
                 return await encoder.encode.remote(list(speaker.samples))
             except RayActorError as error:
                 fault = str(error)
                 self.encoders.remove(encoder)
-                encoder = _encoder(self.batch, self.shipped)
-                self.encoders.append(encoder)
+                encoder = None
             finally:
-                self._free.put_nowait(encoder)
+                if encoder is None:
+                    self._add_encoders(1)
+                else:
+                    self._free.put_nowait(encoder)
         raise Unusable("worker-lost", f"{ENCODINGS} workers died while they read its samples: {fault[:300]}")
+
+    def _add_encoders(self, count: int) -> None:
+        for _ in range(count):
+            self.encoders.append(_encoder(self.batch, self.shipped))
+            self._free.put_nowait(self.encoders[-1])
+
+    async def _stage(self) -> Any:
+        if self._opening is None:
+            self._opening = asyncio.ensure_future(asyncio.to_thread(self.open_stage))
+        return await asyncio.shield(self._opening)
 
     async def _asked(self, request: dict[str, Any]) -> dict[str, Any]:
         """What the stage says, asked again while it is full, and when it was lost: it gives the same voice then."""
         from ray.exceptions import RayError
         from ray.serve.exceptions import RayServeException
 
-        lost = 0
+        stage, lost = await self._stage(), 0
         while True:
             try:
-                result = await self.stage.enroll.remote(request)
+                result = await stage.enroll.remote(request)
             except (RayError, RayServeException) as error:
                 lost += 1
                 if lost == ATTEMPTS:

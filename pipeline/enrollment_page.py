@@ -115,9 +115,9 @@ def _rejected(rejects: Sequence[Reject], sample_rejects: Sequence[dict[str, Any]
     text = "<h2>What could not be used</h2>"
     if rejects:
         listed = ", ".join(f"{count:,} {html.escape(reason)}" for reason, count in counts.most_common())
-        text += f"<p>{len(rejects):,} speakers have no voice: {listed}.</p>" + _reasons([r._asdict() for r in rejects])
+        text += f"<p>Speakers without a voice: {listed}.</p>" + _reasons([r._asdict() for r in rejects])
     if sample_rejects:
-        text += f"<p>{len(sample_rejects):,} samples of speakers with a voice were left out.</p>"
+        text += f"<p>Samples of speakers with a voice that were left out: {len(sample_rejects):,}.</p>"
         text += _reasons(sample_rejects)
     return text
 

@@ -46,7 +46,7 @@ def losses(rows: Sequence[dict[str, Any]]) -> Figure:
     gained = np.array(
         [row["continuation_loss"] - row["tuned_loss"] for row in shown if row.get("continuation_loss") is not None]
     )
-    _histogram(right, gained, "nats a token", "What tuning gains over a prompt")
+    _histogram(right, gained, "nats a token", "Gain over a prompt")
     right.axvline(0, color="#888888", lw=1, ls=":")
     return figure
 
@@ -61,7 +61,7 @@ def curves(rows: Sequence[dict[str, Any]], most: int = 400) -> Figure:
         axes.plot(curve[:, 0], curve[:, 1] - curve[0, 1], color=PALE, lw=0.8)
     steps = sorted({int(step) for curve in found for step in curve[:, 0]})
     middle = [np.median([c[np.searchsorted(c[:, 0], s, side="right") - 1, 1] - c[0, 1] for c in found]) for s in steps]
-    axes.plot(steps, middle, color=INK, lw=2, label="median, of those that ended their last")
+    axes.plot(steps, middle, color=INK, lw=2, label="median; who has ended keeps the last loss")
     axes.set(title="Held-out loss while tuning, against its start", xlabel="step", ylabel="nats a token")
     axes.legend(frameon=False, fontsize=8)
     return figure
