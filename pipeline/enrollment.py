@@ -231,7 +231,7 @@ def _encoder(batch: Batch, shipped: Any) -> Any:
     import ray
 
     config, identity = batch.config, batch.codec.identity.to_dict()
-    device = "cuda" if _on_gpu(config) else "cpu"
+    device = "cuda" if on_gpu(config) else "cpu"
     gpus = {"num_gpus": config.codec_gpus} if device == "cuda" else {}
     actor = ray.remote(SampleEncoder).options(num_cpus=config.codec_cpus, **gpus)
     return actor.remote(settings_of(config, batch.card.sizes.codebooks, device), shipped, identity)
@@ -242,10 +242,11 @@ def _tokenizers(config: EnrollConfig) -> int:
 
     if config.tokenizers:
         return config.tokenizers
-    return max(1, int(ray.cluster_resources()["GPU"])) if _on_gpu(config) else 1
+    return max(1, int(ray.cluster_resources()["GPU"])) if on_gpu(config) else 1
 
 
-def _on_gpu(config: EnrollConfig) -> bool:
+def on_gpu(config: EnrollConfig) -> bool:
+    """Whether a job's models run on GPUs of this cluster."""
     import ray
 
     return config.device == "cuda" or (config.device == "auto" and ray.cluster_resources().get("GPU", 0) > 0)
