@@ -8,7 +8,9 @@ readers (libsndfile's among them) do not take it: it is sent whole.
 from __future__ import annotations
 
 import io
+import json
 import struct
+import unicodedata
 
 import numpy as np
 
@@ -48,7 +50,8 @@ class Encoder:
         container, content = CONTAINERS[form]
         rates = _CONSTANT if form == "mp3" else {}
         self._target = soundfile.SoundFile(self._file, "w", rate, 1, content, format=container, **rates)
-        for name, value in _tags(provenance):
+        for name, value in _tags(provenance).items():
+            value = _ascii(value) if form == "mp3" else value
             setattr(self._target, name, value)
 
     def add(self, samples: np.ndarray) -> bytes:
@@ -113,9 +116,17 @@ def _endless(content: bytes) -> bytes:
     return content[:4] + _UNKNOWN + content[8 : data + 4] + _UNKNOWN + content[data + 8 :]
 
 
-def _tags(provenance: Provenance) -> tuple[tuple[str, str], ...]:
+def _tags(provenance: Provenance) -> dict[str, str]:
     """What `speech_files.encode` writes into a file, by the names that soundfile knows."""
     import soundfile
 
     with soundfile.SoundFile(io.BytesIO(encode(np.zeros(1, np.float32), 24_000, provenance, "wav"))) as source:
-        return tuple(source.copy_metadata().items())
+        return source.copy_metadata()
+
+
+def _ascii(tag: str) -> str:
+    """A tag for MP3, for which libsndfile has one byte a character: JSON escapes the others, text loses its accents."""
+    try:
+        return json.dumps(json.loads(tag), separators=(",", ":"))
+    except ValueError:
+        return unicodedata.normalize("NFKD", tag).encode("ascii", "ignore").decode()

@@ -262,6 +262,9 @@ async function follow(id) {
   }
   tell("enrolled", `Voice “${id}” is there: it is chosen above`);
   await showVoices(id);
+  $("enroll").reset();
+  recordings.length = 0;
+  $("list").replaceChildren();
 }
 
 $("text").oninput();
