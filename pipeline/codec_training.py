@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from infra import storage, tracking
+from infra import allocator, storage, tracking
 from infra.config import option
 from model.codec import CONFIG_FILE, WEIGHTS_FILE
 from model.codec_config import CodecConfig, CodecError
@@ -201,6 +201,7 @@ def train_worker(config: TrainCodecConfig, rank: int) -> dict[str, float]:
 
     from model.codec_training.trainer import CodecTrainer
 
+    allocator.keep_memory()
     if config.threads:
         torch.set_num_threads(config.threads)
     output = storage.absolute(config.output)

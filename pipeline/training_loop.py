@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from infra import storage, tracking
+from infra import allocator, storage, tracking
 from infra.hardware import peak_flops
 from pipeline import model_export
 from pipeline import training_checkpoints as checkpoints
@@ -25,6 +25,7 @@ from pipeline.validation import validate
 
 def train(config: PretrainConfig, device: torch.device, uri: str, asked_to_stop: Callable[[], bool]) -> dict[str, Any]:
     """One worker's part of a run, within an initialised process group; returns the last step's numbers."""
+    allocator.keep_memory()
     torch.use_deterministic_algorithms(device.type == "cpu")
     rank, world, run = dist.get_rank(), dist.get_world_size(), config.output
     index = open_index(config)
