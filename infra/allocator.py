@@ -1,5 +1,8 @@
-"""glibc's allocator, told to keep what is freed: a training step frees hundreds of megabytes and needs them again in the
-next one, and handing them to the kernel in between costs a fifth to a third of a step on CPUs."""
+"""glibc's allocator, told to keep what is freed.
+
+A training step frees hundreds of megabytes and needs them again in the next one; handing them to the kernel in between
+costs a fifth to a third of a step on CPUs.
+"""
 
 from __future__ import annotations
 
