@@ -39,7 +39,8 @@ class Gate:
             return
         headers, path = Headers(scope=scope), scope["path"]
         most = self.most_bytes.get(path, LARGEST_BODY)
-        too_large = Refusal(413, "too_large", f"The request is larger than the {most:,} bytes that are taken here")
+        text = f"The request is larger than the {most:,} bytes that are taken here"
+        too_large = Refusal(413, "too_large", text, headers={"Connection": "close"})  # the rest is not read
         read = 0
 
         async def counted() -> dict:

@@ -76,11 +76,14 @@ def _serving(config: ServeConfig, own_ray: bool) -> Iterator[None]:
         raise ServiceError(f"the cluster runs an application {taken[0]!r} already: `serve status` shows it")
     serve.start(http_options={"host": config.host, "port": config.port}, logging_config={"log_level": "WARNING"})
     try:
-        for name, build in builders.items():
-            try:
-                serve.run(build(), name=name, route_prefix="/" if name == app.NAME else None)
-            except RuntimeError as error:
-                raise ServiceError(f"application {name!r} did not start: {error}") from None
+        try:
+            targets = [
+                serve.RunTarget(build(), name, route_prefix="/" if name == app.NAME else None)
+                for name, build in builders.items()
+            ]
+            serve.run_many(targets)
+        except RuntimeError as error:
+            raise ServiceError(f"the service did not start: {error}") from None
         yield
     finally:
         if running:

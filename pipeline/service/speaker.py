@@ -1,8 +1,11 @@
 """Many requests in one batch: a thread steps the model, another turns codes into sound.
 
-Every request has at most a few sentences in the batch, so that a long text does not keep others waiting; among those
-that wait, the request with the fewest goes first, and then the oldest. What was heard cannot be said again, but what
-was not can: a sentence that failed before anybody heard any of it is said again, with another seed.
+Every request has at most a few sentences in the batch. A place that becomes free goes to whoever has the least lead:
+the seconds that were said for it, less those since it asked. So nobody waits for the end of another's long text, and
+speech stays ahead of its listeners for as long as the machine is fast enough for all.
+
+What was heard cannot be said again, but what was not can: a sentence that failed before anybody heard any of it is said
+again, with another seed.
 
 A stream gives out what is there of its current sentence in growing stretches (`pipeline.streaming` says why); a request
 that is not a stream is joined as `Synthesizer` joins it, and is the same speech.
@@ -13,6 +16,7 @@ from __future__ import annotations
 import itertools
 import queue
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -54,8 +58,12 @@ class Spoken:
     takes: list[Take]
     stream: bool
     sound: Sound
+    arrived: float
+    """Seconds of the monotonic clock."""
     begun: int = 0
     """Pieces that were begun."""
+    said: int = 0
+    """Steps of pieces that left the batch."""
     inside: dict[int, tuple[Take, int]] = field(default_factory=dict)
     """Pieces in the batch, and the step before their first."""
     again: list[Take] = field(default_factory=list)
@@ -117,7 +125,7 @@ class Speaker:
             Full: nothing was taken up.
             Stopped: the engine is no more.
         """
-        request = Spoken(takes, stream, Sound(self.synthesizer, [take.pause for take in takes], stream, deliver))
+        request = Spoken(takes, stream, self._sound(takes, stream, deliver), time.monotonic())
         with self._changed:
             if self.failure or self._stopping:
                 raise Stopped("the engine has stopped")
@@ -142,6 +150,9 @@ class Speaker:
             self._changed.notify()
         for thread in self._threads:
             thread.join()
+
+    def _sound(self, takes: list[Take], stream: bool, deliver: Callable[[Heard], None]) -> Sound:
+        return Sound(self.synthesizer, [take.pause for take in takes], stream, deliver)
 
     def _step_all(self) -> None:
         active: dict[Spoken, None] = {}
@@ -181,7 +192,7 @@ class Speaker:
             waiting = [r for r in active if r.waits and len(r.inside) < self.pieces_ahead]
             if not waiting:
                 return
-            request = min(waiting, key=lambda r: len(r.inside))  # the oldest of those with the fewest
+            request = min(waiting, key=self._lead)
             if request.again:
                 take = request.again.pop(0)
             else:
@@ -193,9 +204,15 @@ class Speaker:
             most = self.synthesizer.most_frames(take)
             self._batch.add(take.key, take.phones, take.seed, take.state, max_frames=most)
 
+    def _lead(self, request: Spoken) -> float:
+        """Seconds of speech that a request has had more than seconds have passed."""
+        steps = request.said + sum(self.steps - before for _, before in request.inside.values())
+        return steps / self.synthesizer.card.codec.frame_rate - (time.monotonic() - request.arrived)
+
     def _ended(self, request: Spoken, number: int, speech: Speech) -> None:
         """Takes a piece's codes, or has it said again."""
-        take, _ = request.inside.pop(number)
+        take, before = request.inside.pop(number)
+        request.said += self.steps - before
         card, limits = self.synthesizer.card, self.synthesizer.limits
         codes, attention = speech.codes.cpu().numpy(), speech.attention.float().cpu().numpy()
         found = examine(codes, speech.finished, attention, take.sounds, card.codec.frame_rate, limits)

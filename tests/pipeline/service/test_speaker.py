@@ -9,6 +9,7 @@ import threading
 
 import numpy as np
 import pytest
+import torch
 
 from infra.config import ConfigError
 from model.sampling import Policy
@@ -30,8 +31,11 @@ TEXT = "The boat sailed past the quiet island. Was it green? Seven birds sang ab
 
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     model, codec = write_speaker(tmp_path_factory.mktemp("speaker"))
-    return read_model(model), codec_weights.resolve(codec)
+    yield read_model(model), codec_weights.resolve(codec)
+    torch.set_num_threads(threads)
 
 
 def synthesizer(parts, **changes) -> Synthesizer:
