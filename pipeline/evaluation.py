@@ -75,6 +75,7 @@ class Row:
 
 
 COLUMNS = {
+    "coverage": ("coverage %", 100.0, 1),
     "wer": ("WER %", 100.0, 1),
     "wer_added": ("WER +", 100.0, 1),
     "cer": ("CER %", 100.0, 1),
@@ -151,7 +152,7 @@ def compare(
     scores: dict[str, list[_Scores]] = {name: [] for name in (ORIGINAL, *systems)}
     for done, clip in enumerate(clips, 1):
         original = np.asarray(clip.samples, np.float32)
-        voice = _voice(original, clip.rate)
+        voice = voice_of(original, clip.rate)
         for name in scores:
             recording = original if name == ORIGINAL else systems[name](original, clip.rate)[: len(original)]
             scores[name].append(_scores(clip, original, voice, recording, recogniser))
@@ -242,7 +243,8 @@ def _scores(
     )
 
 
-def _voice(recording: np.ndarray, rate: int) -> np.ndarray | None:
+def voice_of(recording: np.ndarray, rate: int) -> np.ndarray | None:
+    """The voice print of float32 [time]; None where there is no voice."""
     try:
         return measures.voice_print(recording, rate)
     except measures.NoVoice:
@@ -253,7 +255,7 @@ def _likeness(voice: np.ndarray | None, recording: np.ndarray, rate: int) -> flo
     """Similarity to a voice print: 0 where no voice is left in the recording, NaN where there was none before."""
     if voice is None:
         return math.nan
-    other = _voice(recording, rate)
+    other = voice_of(recording, rate)
     return 0.0 if other is None else measures.similarity(voice, other)
 
 

@@ -1,0 +1,267 @@
+"""Systems that said the same set, judged on Ray: figures with intervals, coverage, a report.
+
+    <output>/.scores/<chunk>.jsonl         judgements of a chunk of recordings; the chunk is done
+    <output>/speech/                       what --model said (`pipeline.bulk_synthesis`)
+    <output>/scores.jsonl, figures.json, report.md, report.png       when everything is judged
+
+A chunk's name has a digest of all that its judgements depend on, the recordings' sizes and times among it: the same
+command again judges what is new.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from infra import storage
+from pipeline import evaluation_sets
+from pipeline.evaluate_config import MODEL, RECONSTRUCTION, REFERENCE, EvaluateConfig
+from pipeline.evaluation import Row, interval, table
+from pipeline.evaluation_sets import Item
+from pipeline.judging import FOLDER, Chunk, Judge, Task
+from pipeline.measures import EvaluationError
+
+if TYPE_CHECKING:
+    from pipeline.codec_weights import ResolvedCodec
+    from pipeline.utterances import Reject
+
+_ENDINGS = (".wav", ".flac", ".opus", ".ogg", ".mp3")
+ATTEMPTS = 3
+"""Times over the set in which a chunk may be lost before the job gives up."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """All that is settled before anything is judged."""
+
+    config: EvaluateConfig
+    items: list[Item]
+    rejects: list[Reject]
+    chunks: tuple[Chunk, ...]
+    codec: ResolvedCodec | None
+    speed: dict[str, float]
+    """Seconds of computing a second of audio, of systems where it is known."""
+
+    @property
+    def tasks(self) -> int:
+        return sum(len(chunk.tasks) for chunk in self.chunks)
+
+    def missing(self) -> list[Chunk]:
+        """Chunks that are not judged; one listing."""
+        names = set(storage.names(storage.join(self.config.output, FOLDER)))
+        return [chunk for chunk in self.chunks if f"{chunk.name}.jsonl" not in names]
+
+
+def say(config: EvaluateConfig, items: Sequence[Item]) -> None:
+    """Lets --model say what of the set it has not said, and notes how fast it was.
+
+    Raises:
+        ModelError, CodecError, PlanError, SynthesisError: as `pipeline.bulk_synthesis`.
+    """
+    from pipeline import bulk_synthesis
+    from pipeline.synthesize_config import SynthesizeConfig
+
+    output = storage.join(config.output, "speech")
+    script = storage.join(config.output, "script.jsonl")
+    lines = [json.dumps({"id": i.id, "voice": i.voice, "text": i.text}, ensure_ascii=False) + "\n" for i in items]
+    storage.write_text(script, "".join(lines))
+    bulk = bulk_synthesis.plan(
+        SynthesizeConfig(script=script, output=output, model=config.model, voices=config.voices, seed=config.seed)
+    )
+    seconds, start = 0.0, time.monotonic()
+
+    def on_rows(rows: list[dict[str, Any]]) -> None:
+        nonlocal seconds
+        seconds += sum(row.get("seconds", 0.0) for row in rows)
+
+    bulk_synthesis.run(bulk, on_rows)
+    bulk_synthesis.finish(bulk)
+    if seconds:
+        spent = {"audio_seconds": seconds, "wall_seconds": time.monotonic() - start}
+        storage.write_text(storage.join(config.output, "speed.json"), json.dumps(spent) + "\n")
+
+
+def plan(config: EvaluateConfig, items: list[Item], rejects: list[Reject]) -> Evaluation:
+    """Finds every system's recordings.
+
+    Raises:
+        EvaluationError: there is nothing to judge, or a folder cannot be listed.
+        CodecError: the codec cannot be had.
+    """
+    from pipeline import codec_weights
+
+    folders = config.folders() | ({MODEL: storage.join(config.output, "speech")} if config.model else {})
+    tasks = {name: list(_recorded(name, folder, items)) for name, folder in folders.items()}
+    spoken = [item for item in items if item.reference]
+    if spoken:
+        tasks[REFERENCE] = [Task(REFERENCE, i.id, i.text, i.reference, i.likeness) for i in spoken]
+    codec = codec_weights.resolve(config.codec, config.codec_weights) if config.codec else None
+    if codec and spoken:
+        tasks[RECONSTRUCTION] = [Task(RECONSTRUCTION, i.id, i.text, i.reference, i.likeness, True) for i in spoken]
+    if not tasks:
+        raise EvaluationError("nothing to judge: name systems with --systems or --model, or a set with references")
+    bound = [config.recogniser, codec.identity.digest if codec else "", config.codebooks]
+    chunks = [chunk for system in sorted(tasks) for chunk in _chunks(tasks[system], config.chunk, bound)]
+    return Evaluation(config, items, rejects, tuple(chunks), codec, _speed(config))
+
+
+def run(evaluation: Evaluation, on_rows: Callable[[list[dict[str, Any]]], None]) -> None:
+    """Judges what is not judged yet.
+
+    Args:
+        on_rows: called with a chunk's judgements, as it is done.
+
+    Raises:
+        EvaluationError: chunks were lost `ATTEMPTS` times over.
+    """
+    import logging
+
+    import pyarrow as pa
+    import ray.data
+
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    codec = ray.put((evaluation.codec, evaluation.config.codebooks)) if evaluation.codec else None
+    for _ in range(ATTEMPTS):
+        if not (missing := evaluation.missing()):
+            return
+        most = min(evaluation.config.actors or int(ray.cluster_resources().get("CPU", 1)), len(missing))
+        blocks = [pa.table({"chunk": pa.array([json.dumps(chunk)])}) for chunk in missing]
+        judged = ray.data.from_arrow(blocks).map_batches(
+            Judge,
+            fn_constructor_args=(evaluation.config.output, evaluation.config.recogniser, codec),
+            batch_size=1,
+            batch_format="pyarrow",
+            num_cpus=1,
+            compute=ray.data.ActorPoolStrategy(min_size=1, max_size=most, initial_size=most),
+        )
+        for block in judged.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+            for rows in block["rows"].to_pylist():
+                on_rows(json.loads(rows))
+    if missing := evaluation.missing():
+        raise EvaluationError(f"{len(missing)} chunks were lost {ATTEMPTS} times over: look into the workers' logs")
+
+
+def finish(evaluation: Evaluation) -> tuple[list[Row], list[dict[str, Any]]]:
+    """Writes scores, figures and the report of a set that is all judged; returns the figures and the judgements."""
+    output, scores = evaluation.config.output, []
+    for chunk in evaluation.chunks:
+        content = storage.read_text(storage.join(output, FOLDER, f"{chunk.name}.jsonl"))
+        scores += [json.loads(line) for line in content.splitlines()]
+    systems = list(dict.fromkeys(row["system"] for row in scores))
+    order = [name for name in (REFERENCE, RECONSTRUCTION) if name in systems]
+    order += [name for name in systems if name not in order]
+    rows = [figures(name, [s for s in scores if s["system"] == name], evaluation.speed.get(name)) for name in order]
+    storage.write_text(
+        storage.join(output, "scores.jsonl"), "".join(json.dumps(s, ensure_ascii=False) + "\n" for s in scores)
+    )
+    flat = {name: value for row in rows for name, value in row.metrics().items()}
+    storage.write_text(storage.join(output, "figures.json"), json.dumps(flat, indent=2) + "\n")
+    storage.write_text(storage.join(output, "report.md"), report(evaluation, rows, scores))
+    return rows, scores
+
+
+def figures(system: str, scores: Sequence[dict[str, Any]], speed: float | None = None) -> Row:
+    """What a system reached: a missing recording has every word wrong and is like nobody; it has no mos.
+
+    Args:
+        scores: judgements of `pipeline.judging.Judge`.
+        speed: seconds of computing a second of audio.
+    """
+    counted = {name: np.array([s[name] for s in scores], np.float64) for name in _COUNTS}
+    found = {"coverage": interval(np.array([float("missing" not in s) for s in scores]), np.ones(len(scores)))}
+    if counted["words"].sum():
+        found["wer"] = interval(counted["word_errors"], counted["words"])
+        found["cer"] = interval(counted["character_errors"], counted["characters"])
+    for name, key in (("similarity", "likeness"), ("mos", "mos"), ("dnsmos", "dnsmos")):
+        values = np.array([s[key] for s in scores if s.get(key) is not None], np.float64)
+        if len(values):
+            found[name] = interval(values, np.ones(len(values)))
+    return Row(system, found, extra={} if speed is None else {"real-time factor": speed})
+
+
+_COUNTS = ("words", "word_errors", "characters", "character_errors")
+
+
+def report(evaluation: Evaluation, rows: Sequence[Row], scores: Sequence[dict[str, Any]]) -> str:
+    """Markdown: the table, how it was measured, the worst lines of each system, what is missing."""
+    items, config = evaluation.items, evaluation.config
+    lines = [f"# {config.name}", "", table(rows), ""]
+    lines += [
+        f"{len(items)} items of `{config.set.rpartition('/')[2]}`. WER and CER: {config.recogniser}, beam 5, Whisper's "
+        "English normaliser; a missing recording counts as all its words. SIM: Resemblyzer, to the prompt, or else the "
+        "reference. In brackets: 95 % bootstrap intervals over items.",
+        "",
+    ]
+    lines += [f"- {r.where}: {r.reason}: {r.detail}" for r in evaluation.rejects]
+    for row in rows:
+        own = [s for s in scores if s["system"] == row.system]
+        lost = [s for s in own if "missing" in s]
+        worst = sorted((s for s in own if "heard" in s and s["word_errors"]), key=lambda s: -s["word_errors"])[:5]
+        lines += ["", f"## {row.system}", "", *(f"- missing {s['id']}: {s['missing']}" for s in lost[:20])]
+        lines += [
+            f"- {s['id']}, {s['word_errors']} of {s['words']} words: “{s['text']}” → “{s['heard']}”" for s in worst
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def missing_fraction(scores: Sequence[dict[str, Any]]) -> float:
+    """The largest share of recordings that any system lacks."""
+    systems = {s["system"] for s in scores}
+    shares = [[float("missing" in s) for s in scores if s["system"] == name] for name in systems]
+    return max((sum(share) / len(share) for share in shares), default=0.0)
+
+
+def _recorded(system: str, folder: str, items: Sequence[Item]) -> Iterator[Task]:
+    """A system's task of every item; without a recording where its folder has none."""
+    present: dict[str, set[str]] = {}
+    for item in items:
+        parent, _, name = item.key.rpartition("/")
+        if parent not in present:
+            present[parent] = set(storage.names(storage.join(folder, parent) if parent else folder))
+        file = next((name + ending for ending in _ENDINGS if name + ending in present[parent]), None)
+        place = storage.join(folder, parent, file) if file else ""
+        yield Task(system, item.id, item.text, storage.absolute(place) if place else "", item.likeness)
+
+
+def _chunks(tasks: list[Task], size: int, bound: list[Any]) -> Iterator[Chunk]:
+    for number in range(0, len(tasks), size):
+        part = tuple(tasks[number : number + size])
+        state = [bound, part, [_version(task.recording) for task in part]]
+        digest = hashlib.sha256(json.dumps(state).encode()).hexdigest()[:16]
+        yield Chunk(f"{part[0].system}-{number // size:05d}-{digest}", part)
+
+
+def _version(url: str) -> list[str]:
+    """What changes when a recording does."""
+    if not url:
+        return []
+    fs, path = storage.filesystem(url)
+    try:
+        info = fs.info(path)
+    except OSError:
+        return []
+    return [str(info.get(name, "")) for name in ("size", "mtime", "ETag", "LastModified")]
+
+
+def _speed(config: EvaluateConfig) -> dict[str, float]:
+    url = storage.join(config.output, "speed.json")
+    if not config.model or not storage.exists(url):
+        return {}
+    spent = json.loads(storage.read_text(url))
+    return {MODEL: spent["wall_seconds"] / spent["audio_seconds"]}
+
+
+def read_set(config: EvaluateConfig) -> tuple[list[Item], list[Reject]]:
+    """The set; and its lines as meta.lst where that is asked for. Raises EvaluationError."""
+    items, rejects = evaluation_sets.read(config.set)
+    if config.meta:
+        storage.write_text(config.meta, "".join(evaluation_sets.meta_lines(items)))
+    return items, rejects
