@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import hashlib
 import queue
@@ -11,12 +12,14 @@ import numpy as np
 import pytest
 import torch
 
-from infra.config import ConfigError
+from infra.config import ConfigError, load
 from model.sampling import Policy
 from pipeline import codec_weights
-from pipeline.service.config import ServiceConfig
+from pipeline.service.config import ServeConfig, ServiceConfig
 from pipeline.service.encoding import MEDIA, STREAMED, Encoder, whole
+from pipeline.service.ingress import application
 from pipeline.service.leaving_batch import LeavingBatch
+from pipeline.service.service import Service
 from pipeline.service.speaker import Full, Said, Speaker, Stopped
 from pipeline.service.tenants import Rates, Tenant, read
 from pipeline.speech_faults import Limits
@@ -239,3 +242,46 @@ def test_a_tenant_has_a_minutes_worth_of_requests_and_gets_them_back_steadily():
     assert rates.wait(tenant) == 0 and rates.wait(tenant) == pytest.approx(10)
     now = 1e6
     assert sum(rates.wait(tenant) == 0 for _ in range(50)) == 6
+
+
+def asked(client: str, headers: dict[str, str]) -> int:
+    """Status of a request from an address to a service without tokens, before any engine."""
+    app = application(Service(ServiceConfig(), None, None))
+    lines = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
+    scope = {"type": "http", "method": "GET", "path": "/v1/models", "query_string": b"", "headers": lines}
+    sent: list[dict] = []
+
+    async def receive() -> dict:
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    async def send(message: dict) -> None:
+        sent.append(message)
+
+    asyncio.run(app(scope | {"client": (client, 1), "scheme": "http", "server": ("127.0.0.1", 80)}, receive, send))
+    return sent[0]["status"]
+
+
+@pytest.mark.parametrize(
+    ("client", "headers", "status"),
+    [
+        ("127.0.0.1", {"Host": "127.0.0.1:8000"}, 200),
+        ("::1", {"Host": "[::1]:8000"}, 200),
+        ("::ffff:127.0.0.1", {"Host": "localhost"}, 200),
+        ("127.0.0.1", {"Host": "127.0.0.1:8000", "Origin": "http://127.0.0.1:8000"}, 200),
+        ("192.0.2.7", {"Host": "127.0.0.1:8000"}, 403),
+        ("127.0.0.1", {"Host": "lina.example.org"}, 403),
+        ("127.0.0.1", {}, 403),
+        ("127.0.0.1", {"Host": "127.0.0.1:8000", "Origin": "https://example.org"}, 403),
+        ("127.0.0.1", {"Host": "127.0.0.1:8000", "Origin": "null"}, 403),
+        ("127.0.0.1", {"Host": "127.0.0.1:8000", "Content-Length": "99999999999999999999999"}, 413),
+        ("127.0.0.1", {"Host": "127.0.0.1:8000", "Content-Length": "-1"}, 413),
+    ],
+)
+def test_without_tokens_only_this_machine_is_served(client, headers, status):
+    assert asked(client, headers) == status
+
+
+def test_beyond_this_machine_tokens_are_needed():
+    with pytest.raises(ConfigError, match="needs --tokens"):
+        load(ServeConfig, overrides={"host": "0.0.0.0"})
+    assert load(ServeConfig, overrides={"host": "0.0.0.0", "tokens": "tokens.yaml"}).host == "0.0.0.0"
