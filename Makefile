@@ -1,5 +1,5 @@
 # make install            the environment: .venv with what jobs and the demo need
-# make demo               a small corpus, synthesised, tokenized, its card, and a short training run on it
+# make demo               the whole chain on a small corpus of its own, from recordings to enrolled voices that speak
 # make cluster            a Ray cluster of this machine, on loopback, for `ray job submit`; make cluster-stop ends it
 # make test [ARGS=…]      everything that pytest finds, with the tests' own dependencies added
 # make bench, make lint, make lock, make clean
@@ -23,26 +23,22 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 # torch first: everything else takes the build that is there, be it for CPUs or GPUs.
-$(VENV)/.core: pyproject.toml requirements.lock infra/nodeps-core.txt | $(VENV)/bin/python
+$(VENV)/.core: pyproject.toml requirements.lock infra/nodeps-core.txt infra/nodeps-eval.txt | $(VENV)/bin/python
 	$(PIP) install --quiet --constraint requirements.lock torch
-	$(PIP) install --quiet --constraint requirements.lock --editable '.[asr,demo,train]'
-	$(PIP) install --quiet --no-deps --requirement infra/nodeps-core.txt
+	$(PIP) install --quiet --constraint requirements.lock --editable '.[asr,eval,serve,demo,train]'
+	$(PIP) install --quiet --no-deps --requirement infra/nodeps-core.txt --requirement infra/nodeps-eval.txt
 	$(PY) -m infra.nltk_data
 	command -v npm > /dev/null || $(PIP) install --quiet $(NODE)
 	$(PY) -m pipeline.demo_voices --install
 	@touch $@
 	@echo "ready: source $(VENV)/bin/activate"
 
-$(VENV)/.dev: $(VENV)/.core infra/nodeps-eval.txt
+$(VENV)/.dev: $(VENV)/.core
 	$(PIP) install --quiet --constraint requirements.lock --editable '.[asr,eval,serve,demo,train,dev]'
-	$(PIP) install --quiet --no-deps --requirement infra/nodeps-eval.txt
 	@touch $@
 
 demo: $(VENV)/.core
-	$(PY) jobs/make_demo_corpus.py
-	$(PY) jobs/tokenize.py $(ARGS)
-	@cat data/demo/tokens/README.md
-	$(PY) jobs/pretrain.py
+	$(PY) jobs/demo.py $(ARGS)
 
 cluster: $(VENV)/.core
 	@$(PY) -m infra.cluster start $(ARGS)
