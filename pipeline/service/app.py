@@ -44,7 +44,7 @@ def build(config: ServiceConfig) -> Application:
         max_ongoing_requests=2 * config.most_requests + 16,
         max_queued_requests=config.most_requests,
         health_check_period_s=2,
-        graceful_shutdown_timeout_s=config.timeout_s,
+        graceful_shutdown_timeout_s=min(20.0, config.timeout_s),
         ray_actor_options={"num_cpus": config.threads, "num_gpus": gpus},
         logging_config=quiet,
     )

@@ -11,6 +11,10 @@ from typing import Any, NamedTuple
 from pipeline.service.config import ServiceConfig
 
 
+class Stopped(RuntimeError):
+    """The engine has ended, or failed: nothing more can be said."""
+
+
 class SpeechRequest(NamedTuple):
     """What an ingress asks of an engine."""
 

@@ -55,6 +55,13 @@ class Enrollments:
     def __init__(self, config: ServiceConfig, library: VoiceLibrary, reader: Any) -> None:
         self.config, self.library, self.reader = config, library, reader
         self._tasks: dict[str, asyncio.Task] = {}
+        self._stage: Any = None
+
+    async def stage(self) -> Any:
+        """Handle of the enrollment stage. Raises NoStage."""
+        if self._stage is None:
+            self._stage = await asyncio.to_thread(_stage)
+        return self._stage
 
     def count(self, tenant: str) -> int:
         """How many of a tenant's enrollments have not ended."""
@@ -92,7 +99,7 @@ class Enrollments:
         if enrollment.status != "tuning":
             return None
         try:
-            told = await asyncio.wait_for(stage().progress.remote(enrollment.request), 5)
+            told = await asyncio.wait_for((await self.stage()).progress.remote(enrollment.request), 5)
         except Exception:  # whatever keeps the stage from answering, the record is there
             logger.warning("the enrollment stage does not tell its progress", exc_info=True)
             return None
@@ -105,7 +112,7 @@ class Enrollments:
             await asyncio.gather(task, return_exceptions=True)
         self.forget(tenant, enrollment.id)
         if enrollment.status == "tuning":
-            await stage().cancel.remote(enrollment.request)
+            await (await self.stage()).cancel.remote(enrollment.request)
 
     def forget(self, tenant: str, id: str) -> None:
         storage.remove(self._url(tenant, id))
@@ -127,16 +134,9 @@ class Enrollments:
                 if error is None:
                     enrollment = replace(enrollment, status="tuning")
                     await asyncio.to_thread(self._note, tenant, enrollment)
-                    made = await stage().enroll.remote(
-                        {
-                            "id": enrollment.request,
-                            "speaker": entry.id,
-                            "samples": read.samples,
-                            "consent": consent,
-                            "seed": seed,
-                            "timeout_s": self.config.enroll_timeout_s,
-                        }
-                    )
+                    wanted = {"id": enrollment.request, "speaker": entry.id, "samples": read.samples}
+                    wanted |= {"consent": consent, "seed": seed, "timeout_s": self.config.enroll_timeout_s}
+                    made = await (await self.stage()).enroll.remote(wanted)
                     if "voice" in made:
                         await asyncio.to_thread(self.library.write, entry, made["voice"])
                         await asyncio.to_thread(self.forget, tenant, entry.id)
@@ -170,8 +170,7 @@ class NoStage(RuntimeError):
     """The application `enrollment` does not run."""
 
 
-def stage() -> Any:
-    """Handle of the enrollment stage. Raises NoStage."""
+def _stage() -> Any:
     from ray import serve
     from ray.serve.exceptions import RayServeException
 

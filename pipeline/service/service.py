@@ -19,7 +19,9 @@ from pipeline.service.tenants import Tenant
 from pipeline.service.voice_library import Entry, UnknownVoice, VoiceLibrary
 
 logger = logging.getLogger("ray.serve")
-ATTEMPTS = 4
+_PATIENCE = 10.0
+"""Seconds that an engine has to say how it is."""
+ATTEMPTS = 6
 """Engines that a request may lose before anything of it was heard."""
 _bearer = HTTPBearer(auto_error=False, description="A tenant's token; not needed where the service has none")
 
@@ -77,7 +79,11 @@ class Service:
             ) from None
 
     async def facts(self) -> dict[str, Any]:
-        return await self._engine.facts.remote()
+        """What an engine says of itself."""
+        try:
+            return await asyncio.wait_for(self._engine.facts.remote(), _PATIENCE)
+        except Exception as error:  # whatever keeps it from answering
+            raise Refusal(503, "engine_unavailable", "No engine answers; the service's log says why") from error
 
     @asynccontextmanager
     async def speech(self, request: SpeechRequest) -> AsyncIterator[tuple[Begun, AsyncIterator[Any]]]:
@@ -85,26 +91,32 @@ class Service:
 
         An engine that dies before that is replaced by another, which says the same. Leaving the block frees its row.
         """
-        from ray.exceptions import RayActorError
+        try:
+            async with asyncio.timeout(self.config.timeout_s):
+                begun, first, answer = await self._begun(request)
+        except TimeoutError:
+            text = f"Nothing was said within {self.config.timeout_s:g} s: try again, or with a shorter text"
+            raise Refusal(504, "timeout", text) from None
+        try:
+            yield begun, _rest(first, answer)
+        finally:
+            answer.cancel()
+
+    async def _begun(self, request: SpeechRequest) -> tuple[Begun, Any, Any]:
+        """(how it began, its first speech, what gives the rest)."""
+        from ray.exceptions import RayError
 
         for attempt in range(ATTEMPTS):
             answer = self._engine.options(stream=True).speak.remote(request)
             try:
-                begun = _checked(await anext(answer))
-                first = _checked(await anext(answer))
-            except RayActorError:
-                logger.warning("an engine died before it said anything (%d of %d)", attempt + 1, ATTEMPTS)
-                await asyncio.sleep(0.2 * 2**attempt)
-                continue
+                return _checked(await anext(answer)), _checked(await anext(answer)), answer
             except BaseException as error:
                 answer.cancel()
-                raise _as_refusal(error) from error
-            try:
-                yield begun, _rest(first, answer)
-            finally:
-                answer.cancel()
-            return
-        raise Refusal(503, "engine_lost", "Every engine that took this up died before it said anything; try again")
+                if not isinstance(error, RayError) or not _lost(error):
+                    raise _as_refusal(error) from error
+            logger.warning("an engine was lost before it said anything (%d of %d)", attempt + 1, ATTEMPTS)
+            await asyncio.sleep(0.25 * 2**attempt)
+        raise Refusal(503, "engine_lost", "Every engine that took this up was lost before it said anything; try again")
 
 
 async def _rest(first: Any, answer: Any) -> AsyncIterator[Any]:
@@ -119,6 +131,15 @@ def _checked(item: Any) -> Any:
             raise busy(item.message, item.code, 2)
         raise Refusal(*item)
     return item
+
+
+def _lost(error: Exception) -> bool:
+    """Whether the engine is gone, or has stopped and will be replaced."""
+    from ray.exceptions import RayActorError
+
+    from pipeline.service.engine import Stopped
+
+    return isinstance(error, RayActorError) or isinstance(getattr(error, "cause", None), Stopped)
 
 
 def _as_refusal(error: BaseException) -> BaseException:

@@ -24,6 +24,7 @@ from typing import NamedTuple
 import numpy as np
 
 from model.sampling import Speech
+from pipeline.service.engine import Stopped
 from pipeline.service.leaving_batch import LeavingBatch
 from pipeline.speech_faults import Findings, examine
 from pipeline.speech_joining import FADE, faded, join, trailing_silence
@@ -35,10 +36,6 @@ _GROWTH = 1.5
 
 class Full(RuntimeError):
     """As many requests are held as may be."""
-
-
-class Stopped(RuntimeError):
-    """The engine has ended, or failed: nothing more can be said."""
 
 
 class Said(NamedTuple):

@@ -12,7 +12,7 @@ from starlette.datastructures import FormData, UploadFile
 from infra import storage
 from model.voice_file import CONSENT, VoiceError, check_consent
 from pipeline.service.config import NAME, ServiceConfig
-from pipeline.service.enrolling import Enrollment, Enrollments, NoStage, stage
+from pipeline.service.enrolling import Enrollment, Enrollments, NoStage
 from pipeline.service.errors import Refusal, busy
 from pipeline.service.recordings import Recording, check
 from pipeline.service.service import Service
@@ -61,7 +61,11 @@ def router(service: Service) -> APIRouter:
                 "too_many_enrollments",
                 30,
             )
-        _stage()
+        try:
+            await enrollments.stage()
+        except NoStage:
+            text = "Voices cannot be made here: the application `enrollment` does not run"
+            raise Refusal(503, "no_enrollment", text) from None
         async with request.form(
             max_files=config.most_samples, max_fields=config.most_samples + len(_FIELDS), max_part_size=1 << 14
         ) as form:
@@ -118,15 +122,6 @@ def _of(enrollment: Enrollment) -> dict[str, Any]:
     shown = {"id": enrollment.id, "object": "voice", "shared": False, "status": enrollment.status}
     shown |= {"created": int(enrollment.created), "rejected_samples": enrollment.rejects}
     return shown | ({"error": enrollment.error} if enrollment.error else {})
-
-
-def _stage() -> None:
-    try:
-        stage()
-    except NoStage:
-        raise Refusal(
-            503, "no_enrollment", "Voices cannot be made here: the application `enrollment` does not run"
-        ) from None
 
 
 def _told(form: FormData) -> tuple[str, dict[str, str], int | None]:

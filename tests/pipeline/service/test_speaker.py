@@ -17,10 +17,11 @@ from model.sampling import Policy
 from pipeline import codec_weights
 from pipeline.service.config import ServeConfig, ServiceConfig
 from pipeline.service.encoding import MEDIA, STREAMED, Encoder, whole
+from pipeline.service.engine import Stopped
 from pipeline.service.ingress import application
 from pipeline.service.leaving_batch import LeavingBatch
 from pipeline.service.service import Service
-from pipeline.service.speaker import Full, Said, Speaker, Stopped
+from pipeline.service.speaker import Full, Said, Speaker
 from pipeline.service.tenants import Rates, Tenant, read
 from pipeline.speech_faults import Limits
 from pipeline.speech_files import Provenance, decode
