@@ -59,7 +59,7 @@ class Batch:
 
 
 def prepare(config: EnrollConfig) -> Batch:
-    """Reads model, codec and consent, and takes the output for them.
+    """Reads model, codec and consent, and looks whether the output is for them.
 
     Raises:
         ModelError, CodecError, ManifestError: they cannot be used.
@@ -80,7 +80,7 @@ def prepare(config: EnrollConfig) -> Batch:
     folder = VoiceFolder(config.output, config.tenant, about | config.token_settings())
     batch = Batch(config, card, codec, Consents(config.consent_file), folder, about)
     next(iter(batch.speakers()), None)  # refused now if there is nothing to read
-    folder.claim()
+    folder.check()
     return batch
 
 
@@ -192,8 +192,13 @@ class _Run:
 
     async def _stage(self) -> Any:
         if self._opening is None:
-            self._opening = asyncio.ensure_future(asyncio.to_thread(self.open_stage))
+            self._opening = asyncio.ensure_future(asyncio.to_thread(self._opened))
         return await asyncio.shield(self._opening)
+
+    def _opened(self) -> Any:
+        stage = self.open_stage()
+        self.batch.folder.bind()
+        return stage
 
     async def _asked(self, request: dict[str, Any]) -> dict[str, Any]:
         """What the stage says, asked again while it is full, and when it was lost: it gives the same voice then."""

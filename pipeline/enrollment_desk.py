@@ -153,6 +153,8 @@ class Desk:
         del self._open[ticket.id]
         ticket.error, ticket.task, ticket.ended = result.get("error"), None, time.monotonic()
         ticket.state = "failed" if ticket.error else "done"
+        if row := result.get("row"):
+            ticket.told = {**ticket.told, "steps": row["steps"], "held_out_loss": row.get("tuned_loss")}
         self._done[ticket.id] = ticket
         while len(self._done) > _REMEMBERED:
             self._done.popitem(last=False)

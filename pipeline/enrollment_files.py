@@ -78,16 +78,20 @@ class VoiceFolder:
         storage.write_bytes(self.voice_url(speaker.key), voice)
         return note
 
-    def claim(self) -> None:
-        """Binds the output to these settings. Raises PlanError where it is bound to others, with what differs."""
+    def check(self) -> None:
+        """Raises PlanError where the output is bound to other settings, with what differs."""
         url = storage.join(self.output, FOLDER, "settings.json")
-        if not storage.exists(url):
-            storage.write_text(url, json.dumps(self.settings, indent=2) + "\n")
-        elif changed := differences(json.loads(storage.read_text(url)), self.settings):
+        if storage.exists(url) and (changed := differences(json.loads(storage.read_text(url)), self.settings)):
             raise PlanError(
                 f"{self.output} holds voices that were made otherwise; choose another --output, or undo:\n  "
                 + "\n  ".join(changed)
             )
+
+    def bind(self) -> None:
+        """Binds the output to these settings; before its first voice is written."""
+        url = storage.join(self.output, FOLDER, "settings.json")
+        if not storage.exists(url):
+            storage.write_text(url, json.dumps(self.settings, indent=2) + "\n")
 
     def remove_leftovers(self) -> None:
         """Takes away what killed writers left; only local files are written under temporary names."""

@@ -38,12 +38,6 @@ NAME, DESK, TUNER = "enrollment", "EnrollmentStage", "VoiceTuner"
 _JOINT_SLOTS, _APART_SLOTS = 64, 4
 _SPARE = 1000
 """Requests at the desk beyond those that wait: who asks for progress, who cancels."""
-_KEEP_MEMORY = {
-    "MALLOC_MMAP_THRESHOLD_": str(4 << 30),
-    "MALLOC_TRIM_THRESHOLD_": str(8 << 30),
-    "MALLOC_TOP_PAD_": str(256 << 20),
-}
-"""For tuners: memory that is freed is needed again in the next step; giving it back takes a third of a step."""
 
 
 def app(args: dict[str, Any]) -> Application:
@@ -114,7 +108,7 @@ def resolved(config: StageConfig) -> StageConfig:
 
 def _resources(config: StageConfig) -> dict[str, Any]:
     gpus = {"num_gpus": config.replica_gpus} if config.device == "cuda" else {}
-    return {"num_cpus": config.replica_cpus, **gpus, "runtime_env": {"env_vars": _KEEP_MEMORY}}
+    return {"num_cpus": config.replica_cpus, **gpus}
 
 
 def _scaling(config: StageConfig) -> dict[str, Any]:
@@ -205,10 +199,12 @@ class VoiceTuner:
     """A model with a continuous batch of speakers."""
 
     def __init__(self, config: StageConfig) -> None:
+        from infra.allocator import keep_memory
         from model.checkpoint import unpack
         from pipeline.synthesis import read_model
         from pipeline.tuning_batch import TuningBatch
 
+        keep_memory()
         files = read_model(config.model)
         model, self.card = unpack(files.config, files.weights, config.device, config.dtype)
         self.recipe = config.recipe()

@@ -3,7 +3,6 @@
 import csv
 import hashlib
 import json
-import os
 import subprocess
 import sys
 import threading
@@ -21,7 +20,7 @@ from model.voice_file import unpack
 from pipeline.enroll_config import EnrollConfig
 from pipeline.plan import PlanError
 from tests.pipeline.speaking_model import write_speaker
-from tests.pipeline.speech_samples import CONSENT, write_speakers
+from tests.pipeline.speech_samples import CONSENT, request_of, write_speakers
 
 SPEAKERS = 50
 QUICK = {"steps": 3, "eval_every": 2, "batch": 2, "device": "cpu", "tracking": "none", "max_replicas": 1, "slots": 3}
@@ -62,6 +61,16 @@ def undisturbed(service, corpus, tmp_path_factory):
     output = tmp_path_factory.mktemp("quiet") / "voices"
     assert enroll(config(corpus, output)) == 0
     return output
+
+
+def few(corpus: Path, folder: Path, count: int = 2) -> Path:
+    """The first speakers, in a file elsewhere."""
+    rows = [json.loads(line) for line in (corpus / "speakers.jsonl").read_text().splitlines()[:count]]
+    for row in rows:
+        for sample in row["samples"]:
+            sample["audio"] = str(corpus / sample["audio"])
+    (folder / "few.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder / "few.jsonl"
 
 
 def kill_as_voices_come(output: Path, victims: dict[str, int], killed: list[str]) -> None:
@@ -129,7 +138,42 @@ def test_the_same_command_does_what_is_missing(undisturbed, corpus, tmp_path, ca
 def test_a_service_that_tunes_otherwise_is_not_used(service, corpus, tmp_path):
     with pytest.raises(PlanError, match=r"tunes otherwise(.|\n)*recipe\.steps: 3 → 5"):
         enroll(config(corpus, tmp_path / "voices", steps=5))
-    assert service.about.remote().result()["waiting"] == 0
+    assert enroll(config(corpus, tmp_path / "voices", speakers=str(few(corpus, tmp_path)))) == 0  # it is not bound yet
+
+
+def test_the_stage_answers_whoever_asks(service):
+    """As the speech service asks it: by a handle, with an id of its own."""
+    asked = request_of(1, id="mine")
+    for sample in asked["samples"]:
+        sample["text"] = "Birds sang." if sample.pop("phones") else ""
+    first = service.enroll.remote(asked).result()
+    again = service.enroll.remote(request_of(1, samples=asked["samples"])).result()
+    assert first["voice"] == again["voice"] and unpack(first["voice"]).speaker == "s1"
+    assert first["row"]["steps"] == 3 and first["row"]["bytes"] == len(first["voice"])
+    told = service.progress.remote("mine").result()
+    assert (told["state"], told["speaker"], told["steps"], told["of"]) == ("done", "s1", 3, 3)
+    assert service.progress.remote("nobody's").result() is None and not service.cancel.remote("nobody's").result()
+    bad = request_of(2)
+    bad["samples"][0]["codes"] = bad["samples"][0]["codes"] + 90
+    lacking = {"samples": [{"codes": bad["samples"][1]["codes"], "phones": "XX"}]}
+    for request, reason in (
+        (bad, "bad-samples"),
+        (request_of(2, **lacking), "bad-samples"),
+        (request_of(2, samples=[{"codes": [[1]]}]), "no-text"),
+        (request_of(2, samples=[]), "no-samples"),
+        (request_of(2, consent=None), "no-consent"),
+        (request_of(2, speaker=""), "no-speaker"),
+        (request_of(2, timeout_s=1e-6), "timeout"),
+    ):
+        assert service.enroll.remote(request).result()["error"]["reason"] == reason
+    hours = [sample for _ in range(300) for sample in request_of(3)["samples"]]
+    slow = [service.enroll.remote(request_of(number, samples=hours)) for number in range(10, 22)]
+    while (service.progress.remote("r21").result() or {}).get("place") is None:
+        time.sleep(0.02)
+    assert service.cancel.remote("r21").result() and slow[-1].result()["error"]["reason"] == "cancelled"
+    for number in range(10, 21):
+        service.cancel.remote(f"r{number}").result()
+    assert {next(iter(answer.result())) for answer in slow} <= {"error", "voice"}
 
 
 def test_each_speaker_is_handled_for_itself(service, corpus, tmp_path, tracking_uri, capsys):
@@ -222,15 +266,17 @@ def test_help_does_not_wait_for_heavy_libraries(project):
         assert shown.stdout.strip().endswith("[]"), shown.stdout[-300:] + shown.stderr
 
 
-def test_voices_are_managed(undisturbed, corpus, project, tmp_path):
+def test_voices_are_managed(undisturbed, corpus, monkeypatch, capsys, tmp_path):
+    from jobs import voices as job
+
     folder = tmp_path / "voices"
     subprocess.run(["cp", "-r", str(undisturbed), str(folder)], check=True)
+    monkeypatch.chdir(tmp_path)
 
     def typed(*words):
-        command = [sys.executable, str(project / "jobs/voices.py"), *words, "--voices", str(folder)]
-        return subprocess.run(
-            command, cwd=tmp_path, env=os.environ, capture_output=True, text=True, stdin=subprocess.DEVNULL
-        )
+        monkeypatch.setattr(sys, "argv", ["voices", *words, "--voices", str(folder)])
+        code = job.main()
+        return subprocess.CompletedProcess(words, code, *capsys.readouterr())
 
     listed = typed("list")
     assert listed.returncode == 0 and len(listed.stdout.splitlines()) == SPEAKERS + 1
@@ -248,7 +294,7 @@ def test_voices_are_managed(undisturbed, corpus, project, tmp_path):
     assert not (folder / ".enrollment/shared/spk-007.json").exists()
     for name in ("spk-007", "../../etc/passwd", ""):
         missing = typed("show", name)
-        assert missing.returncode == 2 and "Traceback" not in missing.stderr
+        assert missing.returncode == 2 and missing.stderr.startswith("voices: ")
     content = bytearray((folder / "shared/spk-008.safetensors").read_bytes())
     content[-1] ^= 1
     (folder / "shared/spk-008.safetensors").write_bytes(content)
