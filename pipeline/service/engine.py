@@ -93,7 +93,9 @@ class SpeechEngine:
             yield Refused(400, error.reason.replace("-", "_"), error.detail, "input")
             return
         except ModelError as error:
-            yield Refused(409, "unusable_voice", str(error), "voice")
+            where = request.voice or ""  # is nobody's business
+            text = str(error).replace(where, request.voice_name) if where else str(error)
+            yield Refused(409, "unusable_voice", text, "voice")
             return
         except Full:
             yield self._full()

@@ -5,9 +5,10 @@
 
 Starts jobs/serve.py on a free port of loopback, and asks it there and nowhere else. Every client asks, listens to the
 end, and asks again, until all requests of a level are done; every request is a stream. Bounded: `--requests` a client
-and `--seconds` a level, whichever comes first. Random weights end their sentences by chance, after about a second; speech is
-counted in seconds of audio, so the figures hold for other lengths. At last an engine is killed while `--killed` clients
-listen: what becomes of each request is counted; one that ended without an error and without speech would be `lost`.
+and `--seconds` a level, whichever comes first. Random weights end their sentences by chance, after about a second;
+speech is counted in seconds of audio, so the figures hold for other lengths. At last an engine is killed while half of
+the `--killed` clients listen: what becomes of each request is counted; one that ended without an error and without
+speech would be `lost`.
 
 Client and service share the machine: with many clients on few cores part of the time is the client's own.
 """

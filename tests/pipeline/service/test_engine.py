@@ -1,0 +1,116 @@
+"""One engine without a server: what it refuses, how long it takes at most, what it says of itself."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+
+import numpy as np
+import pytest
+import yaml
+
+from infra.config import load
+from model.lina_config import ModelError
+from pipeline.enroll_config import StageConfig
+from pipeline.service.config import ServiceConfig
+from pipeline.service.engine import Begun, Refused, SpeechEngine, SpeechRequest
+from tests.pipeline.speaking_model import write_speaker, write_voice
+
+LONG = "The boat sailed past the quiet island. " * 60
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("engine")
+    write_speaker(folder)
+    other, _ = write_speaker(folder / "other", seed=1)
+    write_voice(folder / "ann.safetensors", str(folder / "model"))
+    write_voice(folder / "foreign.safetensors", other)
+    (folder / "damaged.safetensors").write_bytes((folder / "ann.safetensors").read_bytes()[:-9])
+    return folder
+
+
+@pytest.fixture
+def engine(folder):
+    engine = SpeechEngine(configured(folder, timeout_s=2.0, rows=2, waiting=0))
+    yield engine
+    engine.speaker.stop()
+
+
+def configured(folder, **changes) -> ServiceConfig:
+    return ServiceConfig(model=str(folder / "model"), codec=str(folder / "codec"), device="cpu", **changes)
+
+
+async def answered(engine: SpeechEngine, text: str, voice: str | None = None, stream: bool = True) -> list:
+    return [item async for item in engine.speak(SpeechRequest(text, voice, "ann", 0, stream))]
+
+
+def test_an_answer_has_a_beginning_speech_and_a_report(engine, folder):
+    begun, *speech, report = asyncio.run(answered(engine, "Rain.", str(folder / "ann.safetensors")))
+    assert isinstance(begun, Begun) and begun.rate == 24_000 and len(begun.voice_digest) == 64
+    assert begun.consent == "Ann Example, 2025-03-01: tests" and begun.model == engine.synthesizer.card.fingerprint
+    assert speech and all(part.dtype == np.float32 for part in speech) and report["pieces"] == 1
+    assert asyncio.run(engine.facts())["requests"] == 0
+    engine.check_health()
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_speech_that_takes_too_long_is_ended_with_its_reason(engine, stream):
+    begun, *speech, refused = asyncio.run(answered(engine, LONG, stream=stream))
+    assert isinstance(begun, Begun) and bool(speech) == stream
+    assert (refused.status, refused.code) == (504, "timeout") and "2 s" in refused.message
+    assert len(engine.speaker) == 0
+
+
+@pytest.mark.parametrize(
+    ("voice", "text", "status", "reason"),
+    [
+        ("foreign", "Rain.", 409, "belongs to model"),
+        ("damaged", "Rain.", 409, "safetensors file"),
+        ("absent", "Rain.", 409, "cannot be read"),
+        ("ann", "🎉", 400, "letter"),
+    ],
+)
+def test_what_cannot_be_said_is_refused_first(engine, folder, voice, text, status, reason):
+    (refused,) = asyncio.run(answered(engine, text, str(folder / f"{voice}.safetensors")))
+    assert isinstance(refused, Refused) and refused.status == status and reason in refused.message
+    assert str(folder) not in refused.message
+
+
+def test_more_requests_than_it_holds_are_refused_and_leaving_makes_room(engine):
+    async def crowded() -> list:
+        held = [engine.speak(SpeechRequest(LONG, None, "", 0, True)) for _ in range(2)]
+        for one in held:
+            assert isinstance(await anext(one), Begun)
+        (refused,) = await answered(engine, "Rain.")
+        for one in held:
+            await one.aclose()  # what Ray Serve does when the client is gone
+        return [refused, *await answered(engine, "Rain.")]
+
+    refused, begun, *_ = asyncio.run(crowded())
+    assert refused.status == 429 and isinstance(begun, Begun)
+
+
+def test_an_engine_that_stopped_says_that_it_is_not_well(engine):
+    engine.speaker.stop()
+    with pytest.raises(RuntimeError, match="thread has ended"):
+        engine.check_health()
+
+
+def test_a_model_that_cannot_be_had_is_named(folder):
+    with pytest.raises(ModelError, match="nowhere is no model"):
+        SpeechEngine(ServiceConfig(model="nowhere"))
+
+
+def test_the_described_service_can_be_deployed(project):
+    """Ray Serve reads infra/configs/serve.yaml, and each application its own part."""
+    from ray.serve.schema import ServeDeploySchema
+
+    described = yaml.safe_load((project / "infra" / "configs" / "serve.yaml").read_text())
+    applications = {app.name: app for app in ServeDeploySchema.model_validate(described).applications}
+    assert applications["speech"].import_path == "pipeline.service.app:app"
+    assert applications["speech"].route_prefix == "/"
+    config = load(ServiceConfig, overrides=applications["speech"].args)
+    assert math.isfinite(config.timeout_s) and config.most_requests == config.rows + config.waiting
+    load(StageConfig, overrides=applications["enrollment"].args)
+    assert described["http_options"]["host"] == "127.0.0.1" or config.tokens
