@@ -36,15 +36,16 @@ class Encoder:
     Args:
         form: of `STREAMED`; pcm is signed 16-bit little-endian, mono, and has no place for provenance.
         rate: samples a second.
+        keep: what was sent, for `mended`; otherwise a long stream takes no more memory than a short one.
 
     Raises:
         SpeechFileError: provenance that does not fit a file.
     """
 
-    def __init__(self, form: str, rate: int, provenance: Provenance) -> None:
+    def __init__(self, form: str, rate: int, provenance: Provenance, keep: bool = False) -> None:
         import soundfile
 
-        self.form, self._sent, self._file, self._target = form, 0, _Forward(), None
+        self.form, self._file, self._target = form, _Forward(keep), None
         if form == "pcm":
             return
         container, content = CONTAINERS[form]
@@ -74,36 +75,48 @@ class Encoder:
         return bytes(self._file.content)
 
     def _new(self) -> bytes:
-        content = bytes(self._file.content[self._sent :])
-        if self.form == "wav" and not self._sent and content:
-            content = _endless(content)
-        self._sent = len(self._file.content)
-        return content
+        beginning = self._file.sent == 0
+        content = self._file.taken()
+        return _endless(content) if self.form == "wav" and beginning and content else content
 
 
 def whole(form: str, samples: np.ndarray, rate: int, provenance: Provenance) -> bytes:
     """A file of known length, in a format of `MEDIA`. Raises SpeechFileError as `speech_files.encode`."""
     if form in FORMATS:
         return encode(samples, rate, provenance, form)
-    encoder = Encoder(form, rate, provenance)
+    encoder = Encoder(form, rate, provenance, keep=True)
     content = encoder.add(samples) + encoder.end()
     return encoder.mended() or content
 
 
 class _Forward(io.RawIOBase):
-    """A file in memory for libsndfile."""
+    """A file in memory for libsndfile, from whose front is taken; what is written there later is dropped with it."""
 
-    def __init__(self) -> None:
-        self.content, self._place = bytearray(), 0
+    def __init__(self, keep: bool) -> None:
+        self.content, self.keep, self.sent = bytearray(), keep, 0
+        self._place = 0
+        self._first = 0
+        """Place in the file of what `content` begins with."""
+
+    def taken(self) -> bytes:
+        """What was written beyond what was taken."""
+        new = bytes(self.content[self.sent - self._first :])
+        self.sent += len(new)
+        if not self.keep:
+            self.content.clear()
+            self._first = self.sent
+        return new
 
     def write(self, data) -> int:
-        data = bytes(data)
-        self.content[self._place : self._place + len(data)] = data
-        self._place += len(data)
-        return len(data)
+        start, size = self._place - self._first, len(data)
+        kept = bytes(data)[max(0, -start) :]
+        self.content[max(0, start) : max(0, start) + len(kept)] = kept
+        self._place += size
+        return size
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._place = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._place, io.SEEK_END: len(self.content)}[whence]
+        end = self._first + len(self.content)
+        self._place = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._place, io.SEEK_END: end}[whence]
         return self._place
 
     def tell(self) -> int:

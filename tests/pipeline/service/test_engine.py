@@ -14,6 +14,7 @@ from model.lina_config import ModelError
 from pipeline.enroll_config import StageConfig
 from pipeline.service.config import ServiceConfig
 from pipeline.service.engine import Begun, Refused, SpeechEngine, SpeechRequest
+from pipeline.service.voice_library import UnknownVoice, VoiceLibrary, describe
 from tests.pipeline.speaking_model import write_speaker, write_voice
 
 LONG = "The boat sailed past the quiet island. " * 60
@@ -95,6 +96,27 @@ def test_an_engine_that_stopped_says_that_it_is_not_well(engine):
     engine.speaker.stop()
     with pytest.raises(RuntimeError, match="thread has ended"):
         engine.check_health()
+
+
+def test_voices_may_lie_on_object_storage(folder, bucket):
+    library = VoiceLibrary(f"{bucket}/voices")
+    content = (folder / "ann.safetensors").read_bytes()
+    for owner, id in (("a", "ann"), ("b", "bert"), ("shared", "sam"), ("shared", "ann"), ("shared", "LJ Speech")):
+        library.write(library.entry(owner, id), content)
+    assert [(entry.id, entry.shared) for entry in library.entries("a")] == [
+        ("LJ Speech", True),
+        ("ann", False),
+        ("sam", True),
+    ]
+    assert describe(library, library.find("a", "ann"))["consent"]["who"] == "Ann Example"
+    for id in ("bert", "../b/bert", "default", ""):
+        with pytest.raises(UnknownVoice):
+            library.find("a", id)
+    own = library.find("a", "ann")
+    library.delete(own)
+    assert library.find("a", "ann").shared
+    with pytest.raises(UnknownVoice):
+        describe(library, own)
 
 
 def test_a_model_that_cannot_be_had_is_named(folder):

@@ -175,6 +175,7 @@ def test_files_say_where_they_come_from_streamed_or_whole(form):
         parts = [encoder.add(part) for part in np.array_split(wave, 25)]
         assert sum(map(bool, parts)) > 1, "nothing is sent before the end"
         files.append(b"".join([*parts, encoder.end()]))
+        assert encoder.mended() == b"", "what was sent is kept"
     for content in files:
         if form == "pcm":
             found = np.frombuffer(content, "<i2") / 32767
