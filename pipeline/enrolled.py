@@ -12,6 +12,10 @@ if TYPE_CHECKING:
     from model.tuned import Tuned
 
 
+_MOST_POINTS = 50
+"""Of a loss curve in a voice's file, whose record must stay small; the report's has all."""
+
+
 def recipe_record(recipe: Recipe) -> dict[str, Any]:
     """A recipe as plain JSON, as it stands in a voice's training record."""
     return vars(recipe) | {"betas": list(recipe.betas)}
@@ -33,6 +37,7 @@ def voice_bytes(
     if tuned.reason == "diverged" and not tuned.best_step:
         raise Unusable("diverged", f"the loss was not finite after {tuned.steps} steps; try a smaller --lr")
     training = {name: value for name, value in tuned.record().items() if name != "seconds"}
+    training["curve"] = training["curve"][:: -(-len(training["curve"]) // _MOST_POINTS) or 1]
     training |= {"recipe": recipe_record(recipe), "data_seconds": round(data_seconds, 3)}
     training |= {"source": source} if source else {}
     try:

@@ -32,7 +32,11 @@ def stage(config: StageConfig, expected: dict[str, Any]) -> Iterator[Any]:
         EnrollmentError: it cannot be started, or does not answer.
     """
     import ray
-    from ray import serve
+
+    try:
+        from ray import serve
+    except ImportError:
+        raise EnrollmentError("enrolling needs Ray Serve: pip install 'lina-ray[serve]'") from None
 
     logging.getLogger("ray.serve").setLevel(logging.ERROR)  # what matters is told by the job itself
     there = _CONTROLLER in ray.util.list_named_actors(all_namespaces=True)

@@ -162,7 +162,7 @@ def test_the_stage_answers_whoever_asks(service):
         (request_of(2, samples=[{"codes": [[1]]}]), "no-text"),
         (request_of(2, samples=[]), "no-samples"),
         (request_of(2, consent=None), "no-consent"),
-        (request_of(2, speaker=""), "no-speaker"),
+        (request_of(2) | {"speaker": ""}, "no-speaker"),
         (request_of(2, timeout_s=1e-6), "timeout"),
     ):
         assert service.enroll.remote(request).result()["error"]["reason"] == reason
@@ -195,7 +195,9 @@ def test_each_speaker_is_handled_for_itself(service, corpus, tmp_path, tracking_
     rows[5]["speaker"] = "Zoë <b>/ 5"
     (tmp_path / "speakers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + "{\n")
     output = tmp_path / "voices"
-    asked = config(tmp_path, output, model=str(corpus / "model"), codec=str(corpus / "codec"), tracking="mlflow")
+    asked = config(
+        tmp_path, output, model=str(corpus / "model"), codec=str(corpus / "codec"), tracking="mlflow", child_runs=True
+    )
     assert enroll(asked) == 3
     assert "57.1% of the speakers were rejected" in capsys.readouterr().err
     assert sorted(voices(output)) == [
@@ -225,9 +227,14 @@ def test_each_speaker_is_handled_for_itself(service, corpus, tmp_path, tracking_
     assert "Zoë &lt;b&gt;/ 5" in page and "<b>/ 5" not in page and 'src="http' not in page
     import mlflow
 
-    run = mlflow.MlflowClient(tracking_uri).get_run(known_run(str(output)))
+    client = mlflow.MlflowClient(tracking_uri)
+    run = client.get_run(known_run(str(output)))
     assert run.data.metrics["enrolled"] == 3 and run.data.tags["model"] == voice.model
     assert run.inputs.dataset_inputs and run.info.status == "FINISHED"
+    below = client.search_runs([run.info.experiment_id], f"tags.mlflow.parentRunId = '{run.info.run_id}'")
+    assert {child.info.run_name for child in below} == {"spk-000", "spk-001", "Zoë <b>/ 5"}
+    assert {child.data.metrics["steps"] for child in below} == {3}
+    assert "report.html" in {file.path for file in client.list_artifacts(run.info.run_id)}
 
 
 @pytest.mark.parametrize(

@@ -50,6 +50,11 @@ def model(tmp_path_factory):
     return load(write_speaker(tmp_path_factory.mktemp("model"))[0])[0]
 
 
+async def idle(batch: TuningBatch) -> None:
+    while batch.active() or batch.waiting():
+        await asyncio.sleep(0.01)
+
+
 def desk_of(replica: Replica, **changes) -> Desk:
     settings = {"queue": 2000, "timeout": 100.0, "attempts": 3, "lost": (Gone,)} | changes
     return Desk(replica.tune, **settings)
@@ -85,6 +90,7 @@ def test_a_request_outlives_who_tuned_it(model):
         replica.lose = lost
         desk = desk_of(replica)
         result = await desk.enroll(request(5))
+        await idle(replica.batch)
         return result, desk.progress("r5")
 
     quiet, _ = asyncio.run(run(0))
@@ -117,8 +123,7 @@ def test_time_is_limited_and_requests_can_be_dropped(model):
         ended = await slow
         with pytest.raises(asyncio.CancelledError):
             await deserted
-        while replica.batch.active() or replica.batch.waiting():
-            await asyncio.sleep(0.01)  # nothing goes on for nobody
+        await idle(replica.batch)  # nothing goes on for nobody
         states = [desk.progress(f"r{number}")["state"] for number in (1, 2, 3, 4)]
         return (late, twice, dropped, ended), states, desk.counts()
 
