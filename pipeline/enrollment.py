@@ -62,7 +62,7 @@ def prepare(config: EnrollConfig) -> Batch:
     """Reads model, codec and consent, and looks whether the output is for them.
 
     Raises:
-        ModelError, CodecError, ManifestError: they cannot be used.
+        ModelError, CodecError, ManifestError, TranscriptionUnavailable: something cannot be used.
         PlanError: the output was made otherwise; says how.
     """
     config = dataclasses.replace(
@@ -71,6 +71,10 @@ def prepare(config: EnrollConfig) -> Batch:
         speakers=storage.absolute(config.speakers),
         output=storage.absolute(config.output),
     )
+    if config.transcribe:
+        from pipeline.transcription import Transcriber
+
+        Transcriber(config.transcribe)  # a missing recogniser is told now, not by the first worker
     files = _config_of(config.model)
     card, codec = read_card(files.config), codec_of(config, files)
     recipe = recipe_record(config.recipe())
@@ -175,6 +179,8 @@ class _Run:
             try:
                 return await encoder.encode.remote(list(speaker.samples))
             except RayActorError as error:
+                if error.actor_init_failed:
+                    raise EnrollmentError(f"who reads samples does not start: {error}") from None
                 fault = str(error)
                 self.encoders.remove(encoder)
                 encoder = None

@@ -63,16 +63,6 @@ def undisturbed(service, corpus, tmp_path_factory):
     return output
 
 
-def few(corpus: Path, folder: Path, count: int = 2) -> Path:
-    """The first speakers, in a file elsewhere."""
-    rows = [json.loads(line) for line in (corpus / "speakers.jsonl").read_text().splitlines()[:count]]
-    for row in rows:
-        for sample in row["samples"]:
-            sample["audio"] = str(corpus / sample["audio"])
-    (folder / "few.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return folder / "few.jsonl"
-
-
 def kill_as_voices_come(output: Path, victims: dict[str, int], killed: list[str]) -> None:
     """Kills a process of each kind, by what its title has, once there are so many voices."""
     for title, count in victims.items():
@@ -138,7 +128,7 @@ def test_the_same_command_does_what_is_missing(undisturbed, corpus, tmp_path, ca
 def test_a_service_that_tunes_otherwise_is_not_used(service, corpus, tmp_path):
     with pytest.raises(PlanError, match=r"tunes otherwise(.|\n)*recipe\.steps: 3 → 5"):
         enroll(config(corpus, tmp_path / "voices", steps=5))
-    assert enroll(config(corpus, tmp_path / "voices", speakers=str(few(corpus, tmp_path)))) == 0  # it is not bound yet
+    assert not (tmp_path / "voices/.enrollment").exists()  # the folder is still for anything
 
 
 def test_the_stage_answers_whoever_asks(service):
@@ -248,6 +238,7 @@ def test_each_speaker_is_handled_for_itself(service, corpus, tmp_path, tracking_
         (["--speakers", "speakers.jsonl", "--codec", "demo"], "belongs to another codec"),
         (["--speakers", "speakers.jsonl", "--consent-file", "no.json"], "no.json: cannot be opened"),
         (["--speakers", "speakers.jsonl", "--max-replicas", "0"], "max_replicas"),
+        (["--speakers", "speakers.jsonl", "--transcribe", "whisper-none"], "'whisper-none' cannot be loaded"),
     ],
 )
 def test_wrong_commands_are_refused(local_ray, monkeypatch, capsys, corpus, tmp_path, words, reason):
