@@ -52,10 +52,12 @@ class SpeechEngine:
     def __init__(self, config: ServiceConfig) -> None:
         import torch
 
+        from infra.allocator import keep_memory
         from model.sampling import Policy
         from pipeline.service.speaker import Speaker
         from pipeline.synthesis import Synthesizer, read_model
 
+        keep_memory()
         torch.set_num_threads(config.threads)
         device = config.device
         if device == "auto":

@@ -119,7 +119,10 @@ $("speak").onsubmit = async (event) => {
     if (error.name === "AbortError") tell("said", "Stopped");
     else tell("said", error.message, true);
   } finally {
-    if (speaking === mine) $("stop").disabled = !mine.stream?.sources.size;
+    // What has come is still being heard
+    const idle = () => speaking === mine && ($("stop").disabled = true);
+    if (mine.stream?.sources.size) mine.stream.onidle = idle;
+    else idle();
   }
 };
 

@@ -19,7 +19,10 @@ export class Stream {
     source.start(this.next);
     this.next += buffer.duration;
     this.sources.add(source);
-    source.onended = () => this.sources.delete(source);
+    source.onended = () => {
+      this.sources.delete(source);
+      if (!this.sources.size) this.onidle?.();
+    };
   }
 
   stop() {

@@ -318,6 +318,7 @@ def test_in_a_browser_a_text_is_heard_and_seen_and_a_voice_is_made(service, chro
         page.click("#file")
     samples, rate, told = decode(saved.value.path().read_bytes())
     assert rate == 24_000 and len(samples) > 2400 and told.voice == "ann" and told.synthetic
+    expect(page.locator("#stop")).to_be_disabled()  # it is over
     page.check("input[value=whole]")
     page.click("#say")
     expect(page.locator("#report")).to_contain_text("attempt")
