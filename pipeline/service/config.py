@@ -8,6 +8,10 @@ from dataclasses import dataclass, fields
 from infra.config import option
 from pipeline.synthesize_config import DEMO_MODEL
 
+LARGEST_UPLOAD = "LINA_RAY_LARGEST_UPLOAD"
+"""Names, in the environment of a Ray node, the bytes that Serve's proxy takes of a request (default: 64 MiB)."""
+PROXY_CALLBACK = {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "pipeline.service.gate:proxy_middlewares"}
+"""For the environment of a Ray node, so that its proxy keeps to that."""
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 SHARED = "shared"
 """The folder of voices that every tenant may speak with."""

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
+import os
 from collections.abc import Callable
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.middleware import Middleware
 
+from pipeline.service.config import LARGEST_UPLOAD
 from pipeline.service.errors import Refusal, response
 
 LARGEST_BODY = 256 << 10
@@ -39,8 +43,7 @@ class Gate:
             return
         headers, path = Headers(scope=scope), scope["path"]
         most = self.most_bytes.get(path, LARGEST_BODY)
-        text = f"The request is larger than the {most:,} bytes that are taken here"
-        too_large = Refusal(413, "too_large", text, headers={"Connection": "close"})  # the rest is not read
+        too_large = _too_large(most)
         read = 0
 
         async def counted() -> dict:
@@ -85,6 +88,52 @@ class Gate:
         if origin is not None and urlsplit(origin).netloc != host:
             return Refusal(403, "foreign_origin", f"Pages of {origin[:80]} may not use this service")
         return None
+
+
+class Bounded:
+    """ASGI middleware for Serve's proxy, which otherwise reads ahead of the application, however much comes.
+
+    Args:
+        most_bytes: of any request's body.
+    """
+
+    def __init__(self, app: Callable, most_bytes: int) -> None:
+        self.app, self.most_bytes = app, most_bytes
+
+    async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
+        read, answering = 0, False
+
+        async def counted() -> dict:
+            nonlocal read
+            message = await receive() if read <= self.most_bytes else {}
+            read += len(message.get("body", b""))
+            return message if read <= self.most_bytes else {"type": "http.disconnect"}
+
+        async def noted(message: dict) -> None:
+            nonlocal answering
+            answering = True
+            await send(message)
+
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        try:
+            await self.app(scope, counted, noted)
+        except asyncio.CancelledError:
+            if read <= self.most_bytes:
+                raise
+        if read > self.most_bytes and not answering:
+            await response(_too_large(self.most_bytes))(scope, receive, send)
+
+
+def proxy_middlewares() -> list[Middleware]:
+    """What `PROXY_CALLBACK` names: Serve's proxy calls it when it starts."""
+    return [Middleware(Bounded, most_bytes=int(os.environ.get(LARGEST_UPLOAD, 1 << 26)))]
+
+
+def _too_large(most: int) -> Refusal:
+    text = f"The request is larger than the {most:,} bytes that are taken here"
+    return Refusal(413, "too_large", text, headers={"Connection": "close"})  # the rest is not read
 
 
 def _is_loopback(name: str) -> bool:

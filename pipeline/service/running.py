@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import signal
 import socket
 import threading
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from infra import cluster
 from pipeline.service import tenants
-from pipeline.service.config import SHARED, ServeConfig
+from pipeline.service.config import LARGEST_UPLOAD, PROXY_CALLBACK, SHARED, ServeConfig
 from pipeline.synthesis import read_model
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ def run(config: ServeConfig) -> int:
     stopped = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stopped.set())
+    os.environ.update(PROXY_CALLBACK | {LARGEST_UPLOAD: str(config.upload_bytes)})
     with cluster.connect() as connection, _serving(config, own_ray=connection.own_folder is not None):
         host = f"[{config.host}]" if ":" in config.host else config.host
         print(f"serve     http://{host}:{config.port}  (page: /, interface: /docs)")

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import requests
 
+from pipeline.service.config import LARGEST_UPLOAD, PROXY_CALLBACK
 from tests.pipeline.speaking_model import write_speaker, write_voice
 
 SETTINGS: dict[str, Any] = {
@@ -52,7 +53,16 @@ class Running:
 
 
 @pytest.fixture(scope="module")
-def service(tmp_path_factory, local_ray) -> Iterator[Running]:
+def bounded_proxy() -> Iterator[None]:
+    """For a Ray that is started after it."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (PROXY_CALLBACK | {LARGEST_UPLOAD: "1500000"}).items():
+            patch.setenv(name, value)
+        yield
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory, bounded_proxy, local_ray) -> Iterator[Running]:
     from ray import serve
 
     from pipeline.enroll_config import StageConfig

@@ -246,7 +246,7 @@ def test_an_upload_is_cut_off_where_it_is_too_large(service):
             connection.send(b"%x\r\n%s\r\n" % (len(part), part))
             sent += len(part)
     except OSError:
-        assert sent < 50_000_000, "all of it was taken"
+        assert sent < 20_000_000, "much more was taken than what fits, and what the sockets hold"
         return
     raise AssertionError("100 MB were taken")
 
