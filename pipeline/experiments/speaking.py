@@ -1,0 +1,150 @@
+"""Voices that experiments made say sentences: what goes wrong is noted, and some of it is judged."""
+
+from __future__ import annotations
+
+import functools
+import io
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from infra import storage
+
+if TYPE_CHECKING:
+    from model.initial_state import Memories
+    from model.voice_samples import Sample
+    from pipeline.experiments.adapting import Given, Kit
+    from pipeline.experiments.cells import Cell
+    from pipeline.judging import Judge
+    from pipeline.synthesis import Synthesizer
+
+_TEXTS = 20_250_301
+"""Seed of the sentences: not one that a corpus is made with."""
+
+
+def sentences(count: int, seed: int) -> list[str]:
+    """What is said; the same for every voice."""
+    from pipeline.demo_text import sentences as endless
+
+    return list(islice((text for text in endless(_TEXTS + seed) if 5 <= len(text.split()) <= 16), count))
+
+
+def speak(cell: Cell, kit: Kit, given: dict[str, Given]) -> dict[str, list[dict[str, Any]]]:
+    """By speaker, a row a sentence: faults and coverage of one attempt, and the judgement where that was asked for."""
+    from pipeline.speakers import file_key
+    from pipeline.speech_lines import derived
+
+    settings, found = cell.settings, {}
+    for name in settings["speak"]["who"]:
+        one, found[name] = given[name], []
+        synthesizer = synthesizer_of(kit, one)
+        for place, text in enumerate(sentences(settings["speak"]["sentences"], kit.config.seed)):
+            seed = derived(settings["seed"], name, place)
+            samples, row = said(synthesizer, one.memories, one.prompt, text, seed)
+            if name in settings.get("judge", {"who": ()})["who"]:
+                url = storage.join(kit.folder, "speech", cell.name, f"{file_key(name)}-{place}.wav")
+                row |= judged(kit, name, samples, synthesizer.card.codec.sample_rate, text, url)
+            found[name].append(row)
+    return found
+
+
+def synthesizer_of(kit: Kit, given: Given) -> Synthesizer:
+    """With the model that a method made, or the one that it was given; a single attempt at each sentence."""
+    from model.checkpoint import CONFIG_FILE, WEIGHTS_FILE, pack, read_card
+    from pipeline.synthesis import ModelFiles, Synthesizer
+
+    files = kit.files
+    if given.model is not None:
+        packed = pack(given.model, read_card(files.config))
+        files = ModelFiles("adapted weights", packed[CONFIG_FILE], packed[WEIGHTS_FILE])
+    return Synthesizer(files, kit.codec, kit.device, retries=0)
+
+
+def said(
+    synthesizer: Synthesizer, memories: Memories | None, prompt: Sample | None, text: str, seed: int
+) -> tuple[np.ndarray, dict[str, Any]]:
+    """(float32 [time], text, faults, coverage and seconds) of a sentence, from memories or after a prompt."""
+    from pipeline.speech_lines import Line, Voice
+
+    rate = synthesizer.card.codec.sample_rate
+    if prompt is None:
+        voice = None
+        if memories is not None:
+            position = None if memories.position is None else memories.position[None]
+            voice = Voice("experiment", [memory[None] for memory in memories.layers], position)
+        spoken = synthesizer.say(Line(text, voice, seed))
+        coverage = min(piece.findings.coverage for piece in spoken.pieces)
+        return spoken.samples, _told(text, spoken.faults, coverage, len(spoken.samples) / rate)
+    return _continued(synthesizer, prompt, text, seed)
+
+
+def _continued(synthesizer: Synthesizer, prompt: Sample, text: str, seed: int) -> tuple[np.ndarray, dict[str, Any]]:
+    import dataclasses
+
+    from model.continuation import continued_speech
+    from pipeline.phonemes import SPACE
+    from pipeline.speech_faults import examine
+    from pipeline.speech_lines import Line, derived
+
+    rate, frame_rate = synthesizer.card.codec.sample_rate, synthesizer.card.codec.frame_rate
+    space = synthesizer.card.inventory.index(SPACE)
+    waves, faults, coverage = [], set(), 1.0
+    for number, take in enumerate(synthesizer.takes("said", Line(text))):
+        policy = dataclasses.replace(synthesizer.policy, max_frames=synthesizer.most_frames(take))
+        speech, before = continued_speech(
+            synthesizer.model, prompt, take.phones, space, policy, derived(seed, number) if number else seed
+        )
+        codes, attention = speech.codes.cpu().numpy(), speech.attention[:, before:].float().cpu().numpy()
+        looked = examine(codes, speech.finished, attention, take.sounds[1:], frame_rate, synthesizer.limits)
+        faults |= set(looked.faults)
+        coverage = min(coverage, looked.coverage)
+        waves.append(synthesizer.decode(codes))
+    wave = np.concatenate(waves)
+    return wave, _told(text, tuple(sorted(faults)), coverage, len(wave) / rate)
+
+
+def judged(kit: Kit, name: str, samples: np.ndarray, rate: int, text: str, url: str) -> dict[str, Any]:
+    """What `pipeline.judging.Judge` says of a recording that is written to `url`; its voice is held against a sample
+    that the speaker holds out."""
+    from pipeline.judging import Task
+
+    if len(samples):
+        storage.write_bytes(url, _wav(samples, rate))
+    task = Task("", name, text, url if len(samples) else "", reference_of(kit, name))
+    row = _judge(kit.folder, kit.config.recogniser).judge(task)
+    return {key: value for key, value in row.items() if key not in ("system", "id", "text")}
+
+
+def reference_of(kit: Kit, name: str) -> str:
+    """URL of a recording of the speaker that nothing is tuned on; written once."""
+    from pipeline.audio import read_segment
+    from pipeline.experiments.people import divided
+    from pipeline.speakers import file_key
+
+    person = kit.people["clean"][name]
+    source = person.sources[person.samples[divided(person, kit.config)[1][0]]["place"]]
+    url = storage.join(kit.folder, "speech", "reference", f"{file_key(name)}.wav")
+    if not storage.exists(url):
+        storage.write_bytes(url, _wav(*read_segment(source["audio"], source["start"], source["duration"])))
+    return url
+
+
+def _told(text: str, faults: tuple[str, ...], coverage: float, seconds: float) -> dict[str, Any]:
+    return {"text": text, "faults": list(faults), "coverage": round(coverage, 4), "said_seconds": round(seconds, 3)}
+
+
+def _wav(samples: np.ndarray, rate: int) -> bytes:
+    import soundfile
+
+    file = io.BytesIO()
+    soundfile.write(file, np.clip(samples, -1, 1), rate, format="WAV", subtype="PCM_16")
+    return file.getvalue()
+
+
+@functools.lru_cache(maxsize=1)
+def _judge(folder: str, recogniser: str) -> Judge:
+    """One for the life of a worker."""
+    from pipeline.judging import Judge
+
+    return Judge(folder, recogniser)
