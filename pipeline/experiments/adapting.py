@@ -104,7 +104,7 @@ def cells_of(
 
 
 def work(cell: Cell, kit: Kit) -> tuple[dict[str, Any], dict[str, Any]]:
-    """({speaker: row}, {}) of a cell of this kind: `loss`, and what its method notes beside it."""
+    """({speaker: row}, {}) of a cell of this kind: `loss`, how much was tuned on, what the method notes, `speech`."""
     import torch
 
     from model.checkpoint import unpack
@@ -117,6 +117,10 @@ def work(cell: Cell, kit: Kit) -> tuple[dict[str, Any], dict[str, Any]]:
     tasks = [_task(kit, row, ids) for row in settings["people"]]
     given = _METHODS[settings["method"]["name"]](model, tasks, settings, ids["<space>"])
     rows = {name: one.row for name, one in given.items()}
+    for row in settings["people"]:
+        person = kit.people[row["condition"]][row["name"]]
+        seconds = sum(person.samples[place]["seconds"] for place in row["tuned"])
+        rows[row["name"]] |= {"samples": len(row["tuned"]), "speech_seconds": round(seconds, 3)}
     if "speak" in settings:
         for name, speech in speak(cell, kit, given).items():
             rows[name] |= {"speech": speech}

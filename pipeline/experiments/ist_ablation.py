@@ -1,4 +1,4 @@
-"""Which way of giving a voice is worth it: none, prompts, tuned memories of every rank, tuned weights (figures 4, 5)."""
+"""Which way of giving a voice is worth it: none, prompts, tuned memories of every rank, tuned weights (fig. 4, 5)."""
 
 from __future__ import annotations
 
@@ -73,9 +73,9 @@ def section(config: ExperimentsConfig, found: dict[str, Any]) -> list[str]:
     count = max(row["speakers"] for row in found["rows"])
     lines += [
         "",
-        f"{count} unseen speakers, {config.steps} steps of {config.batch} samples; nats a token, mean over speakers with "
-        "95 % bootstrap intervals. The lowest loss on the way is picked by the held-out samples themselves: the paper's "
-        "figure 5 is such a number.",
+        f"{count} unseen speakers, {config.steps} steps of {config.batch} samples; nats a token, mean over speakers "
+        "with 95 % bootstrap intervals. The lowest loss on the way is picked by the held-out samples themselves: the "
+        "paper's figure 5 is such a number.",
         "",
         "The paper (other codec and data, so only differences compare): "
         + ", ".join(f"{name} {loss:.2f}" for name, loss in PAPER_CURVE.items())
