@@ -9,7 +9,10 @@ import numpy as np
 
 from pipeline.evaluation import Figure, interval
 
-AGREES, CONTRADICTS, UNDECIDED = "agrees", "**contradicts**", "undecided: our interval has both"
+AGREES, CONTRADICTS = "agrees", "**contradicts**"
+UNDECIDED, EQUAL = "undecided: our interval has both", "undecided: no difference to speak of"
+READABLE = 0.01
+"""Nats: the paper's figures cannot be read finer."""
 YARDSTICK = (
     ("Lina-Speech's authors, 23 demo samples", "9.9", "0.856", "4.32"),
     ("real speech, the same sentences", "5.6", "0.881", "4.27"),
@@ -27,18 +30,26 @@ class Claim(NamedTuple):
     verdict: str
 
 
-def compared(said: str, paper: str, what: str, difference: Figure | None, unit: str = "nats a token") -> Claim:
+def compared(
+    said: str,
+    paper: str,
+    what: str,
+    difference: Figure | None,
+    unit: str = "nats a token",
+    least: float = READABLE,
+) -> Claim:
     """A claim that a difference is below zero.
 
     Args:
         what: the difference, in words.
         difference: ours, with its 95 % interval; None where nothing was measured.
+        least: what is nearer to zero decides nothing.
     """
     if difference is None:
         return Claim(said, paper, "not measured", "—")
     ours = f"{what}: {difference.value:+.3f} [{difference.low:+.3f}, {difference.high:+.3f}] {unit}"
     verdict = AGREES if difference.high < 0 else CONTRADICTS if difference.low > 0 else UNDECIDED
-    return Claim(said, paper, ours, verdict)
+    return Claim(said, paper, ours, EQUAL if abs(difference.value) < least else verdict)
 
 
 def mean(values: Iterable[float]) -> Figure:

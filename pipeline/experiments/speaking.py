@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import functools
-import io
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from infra import storage
+from pipeline.listening import wav
 
 if TYPE_CHECKING:
     from model.initial_state import Memories
     from model.voice_samples import Sample
+    from pipeline.codec_weights import ResolvedCodec
     from pipeline.experiments.adapting import Given, Kit
     from pipeline.experiments.cells import Cell
     from pipeline.judging import Judge
-    from pipeline.synthesis import Synthesizer
+    from pipeline.synthesis import ModelFiles, Synthesizer
 
 _TEXTS = 20_250_301
 """Seed of the sentences: not one that a corpus is made with."""
@@ -44,21 +45,29 @@ def speak(cell: Cell, kit: Kit, given: dict[str, Given]) -> dict[str, list[dict[
             samples, row = said(synthesizer, one.memories, one.prompt, text, seed)
             if name in settings.get("judge", {"who": ()})["who"]:
                 url = storage.join(kit.folder, "speech", cell.name, f"{file_key(name)}-{place}.wav")
-                row |= judged(kit, name, samples, synthesizer.card.codec.sample_rate, text, url)
+                rate, reference = synthesizer.card.codec.sample_rate, reference_of(kit, name)
+                row |= judged(kit.folder, settings["judge"]["recogniser"], samples, rate, text, url, reference)
             found[name].append(row)
     return found
 
 
 def synthesizer_of(kit: Kit, given: Given) -> Synthesizer:
-    """With the model that a method made, or the one that it was given; a single attempt at each sentence."""
+    """With the model that a method made, or the one that it was given."""
     from model.checkpoint import CONFIG_FILE, WEIGHTS_FILE, pack, read_card
-    from pipeline.synthesis import ModelFiles, Synthesizer
+    from pipeline.synthesis import ModelFiles
 
     files = kit.files
     if given.model is not None:
         packed = pack(given.model, read_card(files.config))
         files = ModelFiles("adapted weights", packed[CONFIG_FILE], packed[WEIGHTS_FILE])
-    return Synthesizer(files, kit.codec, kit.device, retries=0)
+    return single_attempts(files, kit.codec, kit.device)
+
+
+def single_attempts(files: ModelFiles, codec: ResolvedCodec, device: str) -> Synthesizer:
+    """A synthesizer that never says a sentence again: what is measured is the model."""
+    from pipeline.synthesis import Synthesizer
+
+    return Synthesizer(files, codec, device, retries=0)
 
 
 def said(
@@ -104,15 +113,16 @@ def _continued(synthesizer: Synthesizer, prompt: Sample, text: str, seed: int) -
     return wave, _told(text, tuple(sorted(faults)), coverage, len(wave) / rate)
 
 
-def judged(kit: Kit, name: str, samples: np.ndarray, rate: int, text: str, url: str) -> dict[str, Any]:
-    """What `pipeline.judging.Judge` says of a recording that is written to `url`; its voice is held against a sample
-    that the speaker holds out."""
+def judged(
+    folder: str, recogniser: str, samples: np.ndarray, rate: int, text: str, url: str, reference: str
+) -> dict[str, Any]:
+    """What `pipeline.judging.Judge` says of a recording, which is written to `url`, beside the voice of another."""
     from pipeline.judging import Task
 
     if len(samples):
-        storage.write_bytes(url, _wav(samples, rate))
-    task = Task("", name, text, url if len(samples) else "", reference_of(kit, name))
-    row = _judge(kit.folder, kit.config.recogniser).judge(task)
+        storage.write_bytes(url, wav(samples, rate))
+    task = Task("", "", text, url if len(samples) else "", reference)
+    row = _judge(folder, recogniser).judge(task)
     return {key: value for key, value in row.items() if key not in ("system", "id", "text")}
 
 
@@ -126,20 +136,12 @@ def reference_of(kit: Kit, name: str) -> str:
     source = person.sources[person.samples[divided(person, kit.config)[1][0]]["place"]]
     url = storage.join(kit.folder, "speech", "reference", f"{file_key(name)}.wav")
     if not storage.exists(url):
-        storage.write_bytes(url, _wav(*read_segment(source["audio"], source["start"], source["duration"])))
+        storage.write_bytes(url, wav(*read_segment(source["audio"], source["start"], source["duration"])))
     return url
 
 
 def _told(text: str, faults: tuple[str, ...], coverage: float, seconds: float) -> dict[str, Any]:
     return {"text": text, "faults": list(faults), "coverage": round(coverage, 4), "said_seconds": round(seconds, 3)}
-
-
-def _wav(samples: np.ndarray, rate: int) -> bytes:
-    import soundfile
-
-    file = io.BytesIO()
-    soundfile.write(file, np.clip(samples, -1, 1), rate, format="WAV", subtype="PCM_16")
-    return file.getvalue()
 
 
 @functools.lru_cache(maxsize=1)
