@@ -67,6 +67,8 @@ class ExperimentsConfig:
     batches: tuple[int, ...] = option((1, 4, 16), "rows that speak at once, for time and memory")
     seconds: tuple[float, ...] = option((1.0, 2.0, 4.0, 8.0), "of speech at which time and memory are read")
 
+    clock: str = option("wall", "of decoding; cpu counts a machine's other work less, not for GPUs", ("wall", "cpu"))
+
     device: str = option("auto", "where models run", ("auto", "cpu", "cuda"))
     threads: int = option(1, "CPU threads, and CPUs, of a unit of work")
     gpus: float = option(1.0, "GPUs of a unit of work on --device cuda")

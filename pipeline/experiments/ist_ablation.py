@@ -170,8 +170,12 @@ def _losses(rows: Sequence[dict[str, Any]]) -> Picture:
     shades = colormaps["viridis"](np.linspace(0.0, 0.88, max(1, len(lines))))
     for row, shade in zip(lines, shades, strict=True):
         axes.plot(*zip(*row["curve"], strict=True), color=shade, lw=1.5, label=row["method"])
-    for row, style in zip([row for row in rows if "curve" not in row], ("-", "--", ":", "-.", "--", ":"), strict=False):
-        axes.axhline(row["loss"].value, color=MARK, lw=1.1, ls=style, label=row["method"])
+    flat: dict[str, int] = {}
+    for row in [row for row in rows if "curve" not in row]:
+        style = ("-", "--", ":", "-.")[flat.setdefault(row["name"], 0) % 4]
+        flat[row["name"]] += 1
+        colour = {"nothing": "#9aa5ad", "prompt": MARK, "memory": "#c98b2b"}[row["name"]]
+        axes.axhline(row["loss"].value, color=colour, lw=1.1, ls=style, label=row["method"])
     axes.set(title="Held-out loss", xlabel="step", ylabel="nats a token")
     axes.legend(frameon=False, fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return figure

@@ -68,7 +68,8 @@ def summary(config: ExperimentsConfig, outcomes: Sequence[Outcome]) -> dict[str,
             losses[mixer] = result
         elif kind == twin_models.SPEECH:
             heard += voices.heard([(_NAMES[mixer], {"all": result})])
-    device = next((one["settings"]["device"] for one in outcomes if one["kind"] == decoding.KIND), "cpu")
+    timed = next(one["settings"] for one in outcomes if one["kind"] == decoding.KIND)
+    device = f"{timed['device']} ({timed['threads']} threads, {timed['clock']} seconds)"
     found = {"sizes": sizes, "costs": costs, "curves": curves, "heard": heard, "device": device}
     found["losses"] = {
         mixer: interval(np.array(result["sums"]), np.array(result["tokens"])) for mixer, result in losses.items()
@@ -126,6 +127,7 @@ def _timed(config: ExperimentsConfig, rate: float) -> list[Cell]:
     """Cells of decoding; memory of one does not stand in the way of another's, for each forgets its peak."""
     frames = sorted({max(9, round(seconds * rate)) for seconds in config.seconds})
     same = {"frames": frames, "frame_rate": rate, "device": config.device, "threads": config.threads}
+    same |= {"clock": config.clock}
     base = dataclasses.asdict(twin_models.pretraining(config, MIXERS[0], "").sizes())
     return [
         Cell(decoding.KIND, {"mixer": mixer, "sizes": base | {"mixer": mixer}, "batch": batch, **same})
@@ -226,7 +228,8 @@ def _timing_claims(found: dict[str, Any]) -> list[Claim]:
         more, what = None, ""
         if batch:
             more = last[(faster, batch)]["elapsed"] / last[(slower, batch)]["elapsed"] - 1
-            what = f"share of its time that it takes more, {last[(faster, batch)]['seconds']:.3g} s of audio, batch {batch}"
+            seconds = last[(faster, batch)]["seconds"]
+            what = f"share of its time that it takes more, {seconds:.3g} s of audio, batch {batch}"
         claims.append(compared(said, numbers, what, more and Figure(more, more, more), "", least=0.05))
     return claims
 
