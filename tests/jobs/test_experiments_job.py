@@ -1,0 +1,65 @@
+"""Experiments as a user types them: what is refused before any work, and how fast it says so."""
+
+import subprocess
+import sys
+
+import pytest
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "NAME"),
+        (["ist-abalation"], "invalid choice"),
+        (["ist-ablation"], "needs speakers that the model never heard"),
+        (["robustness", "--ranks", "1,-2"], "ranks must be different numbers at least 0"),
+        (["data-amount", "--amounts", "soon"], "amounts must be comma-separated floats"),
+        (["robustness", "--conditions", "noise"], "'noise' is not clean, noise:DB"),
+    ],
+)
+def test_wrong_commands_are_refused_at_once(monkeypatch, capsys, tmp_path, words, message):
+    from jobs import experiments
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(experiments.os.path, "isdir", lambda path: True)
+    monkeypatch.setattr(sys, "argv", ["experiments", *words])
+    try:
+        code = experiments.main()
+    except SystemExit as error:
+        code = error.code
+    assert code == 2 and message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_an_embedded_model_one_is_to_be_named(monkeypatch, capsys):
+    from jobs import experiments
+
+    monkeypatch.setattr(experiments.os.path, "isdir", lambda path: False)
+    monkeypatch.setattr(sys, "argv", ["experiments", "robustness", "--speakers", "x.jsonl"])
+    assert experiments.main() == 2
+    assert "no embedded model; name an exported one with --model" in capsys.readouterr().err
+
+
+def test_help_does_not_wait_for_heavy_libraries(project):
+    code = "import sys; sys.argv = ['x', '--help']\ntry:\n import jobs.experiments as e; e.main()\n"
+    code += "except SystemExit: print(sorted({'torch', 'ray', 'numpy', 'pyarrow', 'nltk'} & set(sys.modules)))"
+    shown = subprocess.run([sys.executable, "-c", code], cwd=project, capture_output=True, text=True, timeout=60)
+    assert shown.stdout.strip().endswith("[]") and "--lora-ranks" in shown.stdout, shown.stdout[-300:] + shown.stderr
+
+
+def test_an_experiment_is_done_and_tracked(project, tracking_uri, tmp_path):
+    """Decoding of untrained twins, which needs neither model nor data."""
+    from mlflow import MlflowClient
+
+    command = [sys.executable, str(project / "jobs" / "experiments.py"), "gla-vs-attention", "--output", "out"]
+    command += ["--batches", "1,2", "--seconds", "0.2,0.4", "--device", "cpu"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "audio-s/s, gla" in done.stdout and (tmp_path / "out/gla-vs-attention/decoding.png").stat().st_size > 5000
+    assert "`gla-vs-attention`" in (tmp_path / "out/report.md").read_text()
+    client = MlflowClient(tracking_uri)
+    (run,) = client.search_runs([client.get_experiment_by_name("experiments").experiment_id])
+    assert run.info.status == "FINISHED" and run.data.metrics["audio_rate.gla.2"] > 0
+    assert {"results.json", "report.md", "decoding.png"} <= {
+        file.path for file in client.list_artifacts(run.info.run_id)
+    }

@@ -1,0 +1,208 @@
+"""The parts of experiments: subsets of speech, degraded recordings, verdicts, and the twins' costs and losses."""
+
+from __future__ import annotations
+
+import json
+import math
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from infra.config import ConfigError, load
+from pipeline.evaluation import Figure
+from pipeline.experiments import cells as grid
+from pipeline.experiments import claims, decoding, report, twin_models, twins
+from pipeline.experiments.adapting import prompt_sets
+from pipeline.experiments.cells import Cell
+from pipeline.experiments.config import ExperimentsConfig, condition_of
+from pipeline.experiments.data_amount import ALL, least, single, subsets
+from pipeline.experiments.degrading import degraded
+from tests.pipeline.speaking_tokens import IDENTITY, SIZES, write_tokens
+
+lengths = st.lists(st.floats(0.3, 20), min_size=1, max_size=30)
+amounts = st.lists(st.floats(0.5, 100), min_size=1, max_size=6, unique=True)
+
+
+@given(lengths, amounts, st.integers(0, 2**32))
+def test_more_data_holds_all_of_less(seconds, wanted, seed):
+    found = subsets(seconds, wanted, seed)
+    assert found == subsets(seconds, wanted[::-1], seed)
+    ordered = [found[amount] for amount in sorted(found, key=lambda amount: amount or math.inf)]
+    assert all(set(less) < set(more) or more == found[ALL] for less, more in pairwise(ordered))
+    assert all(set(less) <= set(more) for less, more in pairwise(ordered))
+    assert found[ALL] == tuple(range(len(seconds)))
+    for amount, places in found.items():
+        total = sum(seconds[place] for place in places)
+        assert amount == ALL or 0.7 * amount <= total <= 1.3 * amount
+    for amount, (place,) in single(seconds, wanted).items():
+        assert abs(seconds[place] - amount) == min(abs(one - amount) for one in seconds)
+
+
+@given(st.integers(1, 40), st.integers(1, 50), st.integers(1, 9), st.integers(0, 99))
+def test_prompts_differ_and_take_every_sample_before_any_again(count, size, most, seed):
+    sets = prompt_sets(count, size, most, seed)
+    assert 1 <= len(sets) <= most and all(len(set(places)) == len(places) == min(size, count) for places in sets)
+    assert all(0 <= place < count for places in sets for place in places)
+    used = [place for places in sets for place in places][:count]
+    assert len(set(used)) == len(used)
+
+
+def test_noise_is_as_loud_as_asked_and_a_room_rings_on():
+    time = np.arange(24_000) / 24_000
+    speech = (0.3 * np.sin(2 * np.pi * 220 * time) * (time < 0.5)).astype(np.float32)
+    for snr in (20.0, 0.0):
+        noise = degraded(speech, 24_000, "noise", snr, 1).astype(np.float64) - speech
+        assert 10 * np.log10(np.mean(speech.astype(np.float64) ** 2) / np.mean(noise**2)) == pytest.approx(snr, abs=0.1)
+    assert np.array_equal(degraded(speech, 24_000, "noise", 5, 1), degraded(speech, 24_000, "noise", 5, 1))
+    assert not np.array_equal(degraded(speech, 24_000, "noise", 5, 1), degraded(speech, 24_000, "noise", 5, 2))
+    tails = {}
+    for rt60 in (0.2, 0.8):
+        wet = degraded(speech, 24_000, "reverb", rt60, 1)
+        assert len(wet) == len(speech) and np.mean(wet**2) == pytest.approx(np.mean(speech**2), rel=0.2)
+        tails[rt60] = np.mean(wet[15_000:] ** 2)
+    assert tails[0.8] > 100 * tails[0.2] > 0 == np.mean(speech[15_000:] ** 2)
+    assert np.allclose(degraded(speech, 24_000, "level", -20, 1), speech / 10, atol=1e-6)
+    assert np.abs(degraded(speech, 24_000, "level", 20, 1)).max() == 1.0
+    assert degraded(speech, 24_000, "clean", 0, 1) is speech
+
+
+@pytest.mark.parametrize(
+    ("difference", "verdict"),
+    [
+        (Figure(-0.5, -0.6, -0.4), claims.AGREES),
+        (Figure(0.5, 0.4, 0.6), claims.CONTRADICTS),
+        (Figure(0.2, -0.1, 0.5), claims.UNDECIDED),
+        (Figure(0.002, 0.001, 0.003), claims.EQUAL),
+        (None, "—"),
+    ],
+)
+def test_a_verdict_is_that_of_the_interval(difference, verdict):
+    claim = claims.compared("less", "1 against 2", "difference", difference)
+    assert claim.verdict == verdict
+    contradicts = claims.verdicts([claim])[-2]
+    assert contradicts == (
+        "**Our result contradicts: " + ("less" if verdict == claims.CONTRADICTS else "none of these findings") + ".**"
+    )
+
+
+def test_pairs_are_resampled_together():
+    first, second = ({f"s{i}": i + shift for i in range(20)} for shift in (0.5, 0.0))
+    assert claims.paired(first, second) == pytest.approx((0.5, 0.5, 0.5))
+    assert claims.paired(first, {"other": 1.0}) is None
+    alone = claims.mean(first.values())
+    assert alone.low < alone.value < alone.high
+
+
+def test_the_least_amount_is_that_from_which_on_tuning_always_wins():
+    def gain(amount, high, data="many"):
+        return {"data": data, "amount": amount, "gain": Figure(high - 1, high - 2, high)}
+
+    rising = [gain(3.0, 0.1), gain(5.0, -0.1), gain(10.0, 0.2), gain(20.0, -0.3), gain(ALL, -0.4), gain(3.0, -1, "one")]
+    assert least(rising) == 20.0
+    assert least([gain(3.0, -0.1), gain(ALL, 0.1)]) is None
+    assert least([gain(3.0, -0.1), gain(ALL, -0.1)]) == 3.0
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("ranks", "1,-1"),
+        ("ranks", "1,1"),
+        ("lrs", "0.1,0"),
+        ("amounts", "3,nan"),
+        ("batches", "0,1"),
+        ("held_out", "1.0"),
+        ("people", "0"),
+        ("seeds", "0"),
+        ("conditions", "noise"),
+        ("conditions", "noise:loud"),
+        ("conditions", "hum:3"),
+        ("conditions", "reverb:0"),
+        ("prompts", "1.5"),
+        ("clock", "sun"),
+    ],
+)
+def test_bad_grids_are_refused_by_name(field, value):
+    with pytest.raises(ConfigError, match=field):
+        load(ExperimentsConfig, overrides={field: value})
+
+
+def test_conditions_are_kinds_with_numbers():
+    assert condition_of("clean") == ("clean", 0.0) and condition_of("noise:-5") == ("noise", -5.0)
+
+
+@pytest.fixture
+def twin_config(tmp_path) -> ExperimentsConfig:
+    sizes = tmp_path / "sizes.json"
+    sizes.write_text(json.dumps(SIZES | {"attention_head": 8}))
+    return ExperimentsConfig(
+        output=str(tmp_path / "out"),
+        preset=str(sizes),
+        batches=(1, 8),
+        seconds=(0.2, 0.4),
+        device="cpu",
+        tracking="none",
+        valid_fraction=0.3,
+        valid_most=7,
+        data=write_tokens(tmp_path / "tokens"),
+    )
+
+
+def test_one_twin_remembers_ever_more_and_the_other_no_more(twin_config, tmp_path):
+    folder = str(tmp_path)
+    cells = twins._timed(twin_config, 75.0)
+    for cell in cells:
+        grid.perform(folder, decoding.work, None, cell)
+    outcomes = grid.read(folder, cells)
+    found = {(one["settings"]["mixer"], one["settings"]["batch"]): one for one in outcomes}
+    gla, attention = (found[(mixer, 8)]["result"]["state_bytes"] for mixer in twins.MIXERS)
+    assert gla[0] == gla[1] == 8 * found[("gla", 1)]["result"]["state_bytes"][0]
+    assert attention[1] > 1.7 * attention[0]
+    for one in outcomes:
+        early, late = one["machine"]["elapsed"]
+        assert 0 < early < late
+    summary = twins.summary(twin_config, outcomes)
+    text = "\n".join(twins.section(twin_config, summary))
+    assert "No `--data` was given" in text and "softmax attention speaks faster at one row" in text
+    assert set(twins.metrics(summary)) == {f"audio_rate.{m}.{b}" for m in twins.MIXERS for b in (1, 8)}
+    written = report.write(
+        str(tmp_path / "out"), "gla-vs-attention", {"summary": summary}, [text], twins.figures(summary)
+    )
+    assert [file.rpartition("/")[2] for file in written] == ["decoding.png", "section.md", "results.json", "report.md"]
+
+
+def test_twins_are_compared_on_utterances_that_neither_was_trained_on(twin_config, tmp_path):
+    import torch
+
+    from model.checkpoint import ModelCard, pack
+    from model.codec_config import CodecIdentity
+    from model.lina import Lina
+    from pipeline.phonemes import INVENTORY
+    from pipeline.synthesis import ModelFiles
+
+    files = {}
+    for mixer in twins.MIXERS:
+        sizes = twin_models.pretraining(twin_config, mixer, "").sizes()
+        torch.manual_seed(0)
+        packed = pack(Lina(sizes), ModelCard(sizes, INVENTORY, CodecIdentity.from_dict(IDENTITY), {}))
+        files[mixer] = ModelFiles(mixer, packed["config.json"], packed["model.safetensors"])
+    kit = twin_models.Kit(twin_config, str(tmp_path), files, None)
+    index, rows = twin_models.held_out(twin_config, "gla")
+    train, held = index.split(twin_config.valid_fraction)
+    assert set(rows) <= set(held.rows.tolist()) and not set(rows) & set(train.rows.tolist()) and len(rows) == 7
+    cells = [Cell(twin_models.LOSSES, {"mixer": mixer}) for mixer in twins.MIXERS]
+    for cell in cells:
+        grid.perform(str(tmp_path), twin_models.losses, kit, cell)
+    outcomes = grid.read(str(tmp_path), cells)
+    frames = index.columns["frames"][rows]
+    assert outcomes[0]["result"]["tokens"] == outcomes[1]["result"]["tokens"] == (4 * frames + 10).tolist()
+    losses = {one["settings"]["mixer"]: one["result"] for one in outcomes}
+    difference = twins._difference(losses)
+    both = [sum(losses[mixer]["sums"]) / sum(losses[mixer]["tokens"]) for mixer in twins.MIXERS]
+    assert difference.value == pytest.approx(both[0] - both[1])
+    pairs = twin_models._prompted(index, rows, 4)
+    speakers = index.columns["speaker"]
+    assert len(pairs) == 4 and all(a != b and speakers[a] == speakers[b] for a, b in pairs)
