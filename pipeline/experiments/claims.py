@@ -13,6 +13,8 @@ AGREES, CONTRADICTS = "agrees", "**contradicts**"
 UNDECIDED, EQUAL = "undecided: our interval has both", "undecided: no difference to speak of"
 READABLE = 0.01
 """Nats: the paper's figures cannot be read finer."""
+FEWEST = 5
+"""Pairs below which a difference decides nothing, however narrow its interval."""
 YARDSTICK = (
     ("Lina-Speech's authors, 23 demo samples", "9.9", "0.856", "4.32"),
     ("real speech, the same sentences", "5.6", "0.881", "4.27"),
@@ -35,6 +37,7 @@ def compared(
     paper: str,
     what: str,
     difference: Figure | None,
+    pairs: int = FEWEST,
     unit: str = "nats a token",
     least: float = READABLE,
 ) -> Claim:
@@ -43,11 +46,14 @@ def compared(
     Args:
         what: the difference, in words.
         difference: ours, with its 95 % interval; None where nothing was measured.
+        pairs: of speakers, sentences or utterances, that it is the mean of.
         least: what is nearer to zero decides nothing.
     """
     if difference is None:
         return Claim(said, paper, "not measured", "—")
-    ours = f"{what}: {difference.value:+.3f} [{difference.low:+.3f}, {difference.high:+.3f}] {unit}"
+    ours = f"{what}: {difference.value:+.3f} [{difference.low:+.3f}, {difference.high:+.3f}] {unit}".rstrip()
+    if pairs < FEWEST:
+        return Claim(said, paper, ours, f"undecided: {pairs} are too few, {FEWEST} are needed")
     verdict = AGREES if difference.high < 0 else CONTRADICTS if difference.low > 0 else UNDECIDED
     return Claim(said, paper, ours, EQUAL if abs(difference.value) < least else verdict)
 

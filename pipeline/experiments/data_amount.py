@@ -106,6 +106,7 @@ def summary(config: ExperimentsConfig, outcomes: Sequence[Outcome]) -> dict[str,
             "45 s to 20 min of speech; 4.46 against 5.21 (figure 4)",
             f"IST minus continuation, {_amount(enough[0]['amount'])}" if enough else "",
             enough[0]["gain"] if enough else None,
+            enough[0]["speakers"] if enough else 0,
         )
     ]
     heard = [(f"{name}, {data}, {_amount(amount)}", people) for (data, amount, name), people in groups.items()]

@@ -99,6 +99,7 @@ def metrics(found: dict[str, Any]) -> dict[str, float]:
 
 def _claims(groups: dict[str, voices.Rows], kinds: dict[str, dict[str, Any]]) -> list[Claim]:
     """Figures 4 and 5 as differences that the paper has below zero."""
+    people = len(groups["no voice"])
     best = {name: voices.numbers(rows, "best") for name, rows in groups.items() if kinds[name]["name"] == "ist"}
     plain = {name: kinds[name] for name in best if not kinds[name]["position"]}
     tuned = next((name for name, m in plain.items() if m["rank"] == 1 and m["lr"] == PAPER_LR), None)
@@ -110,6 +111,7 @@ def _claims(groups: dict[str, voices.Rows], kinds: dict[str, dict[str, Any]]) ->
             "4.46 against 5.21 (figure 4)",
             "IST minus continuation",
             gain,
+            people,
         )
     ]
     by_rank = _best_by_rank(best, plain)
@@ -124,6 +126,7 @@ def _claims(groups: dict[str, voices.Rows], kinds: dict[str, dict[str, Any]]) ->
                 else "said of full rank, no number given",
                 f"lowest loss of rank 1 minus {name}",
                 paired(by_rank[1], by_rank[rank]) if 1 in by_rank else None,
+                people,
             )
         )
     slower = [name for name, m in plain.items() if m["rank"] == 1 and m["lr"] < PAPER_LR]
@@ -135,6 +138,7 @@ def _claims(groups: dict[str, voices.Rows], kinds: dict[str, dict[str, Any]]) ->
                 "4.51 at 2^-3, 4.54 at 2^-4, 4.60 at 2^-5 (figure 5, LibriTTS)",
                 f"lowest loss at 0.125 minus {plain[nearest]['lr']:g}",
                 paired(best[tuned], best[nearest]),
+                people,
             )
         )
     return claims

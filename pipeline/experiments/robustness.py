@@ -74,6 +74,7 @@ def summary(config: ExperimentsConfig, outcomes: Sequence[Outcome]) -> dict[str,
             "4.46 against 5.21 (figure 4, one speaker); learning rate 2^-3 for all",
             "IST minus continuation, all speakers and seeds",
             paired(worst, prompt),
+            len(worst),
         )
     ]
     named = ((f"{name}, {condition}", rows) for (condition, name, seed), rows in groups.items() if not seed)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
+import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -34,22 +37,31 @@ class Kit:
 
 
 def pretraining(config: ExperimentsConfig, mixer: str, folder: str) -> PretrainConfig:
-    """How a twin is trained; everything but the mixer is the same."""
+    """How a twin is trained: everything but the mixer is the same. Its folder is named by all that it depends on.
+
+    Raises:
+        ExperimentError: sizes or a recipe that cannot be.
+    """
     same = ("data", "codebooks", "budget", "accumulate", "learning_rate", "warmup", "valid_fraction", "seed", "device")
-    return PretrainConfig(
-        **{name: getattr(config, name) for name in same},
-        output=storage.join(folder, "runs", mixer),
-        name=f"twin-{mixer}",
-        model=config.preset,
-        mixer=mixer,
-        steps=config.train_steps,
-        save_every=max(1, config.train_steps // 4),
-        evaluate_every=config.train_steps,
-        speak=0,
-        keep=1,
-        threads=config.threads,
-        tracking="none",
-    )
+    try:
+        settings = PretrainConfig(
+            **{name: getattr(config, name) for name in same},
+            name=f"twin-{mixer}",
+            model=config.preset,
+            mixer=mixer,
+            steps=config.train_steps,
+            save_every=max(1, config.train_steps // 4),
+            evaluate_every=config.train_steps,
+            speak=0,
+            keep=1,
+            threads=config.threads,
+            tracking="none",
+        )
+    except ValueError as error:
+        raise ExperimentError(f"the {mixer} twin: {error}") from None
+    told = json.dumps([settings.identity(), config.data, config.accumulate], sort_keys=True)
+    name = f"{mixer}-{hashlib.sha256(told.encode()).hexdigest()[:16]}"
+    return dataclasses.replace(settings, output=storage.join(folder, "runs", name))
 
 
 def train(config: ExperimentsConfig, mixer: str, folder: str) -> ModelFiles:
@@ -72,8 +84,6 @@ def train(config: ExperimentsConfig, mixer: str, folder: str) -> ModelFiles:
 
 def curve(config: ExperimentsConfig, mixer: str, folder: str) -> list[list[float]]:
     """[[step, training loss], …], at most a hundred; empty where the run kept none."""
-    import json
-
     url = storage.join(pretraining(config, mixer, folder).output, "losses.jsonl")
     if not storage.exists(url):
         return []

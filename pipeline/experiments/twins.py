@@ -74,7 +74,10 @@ def summary(config: ExperimentsConfig, outcomes: Sequence[Outcome]) -> dict[str,
     found["losses"] = {
         mixer: interval(np.array(result["sums"]), np.array(result["tokens"])) for mixer, result in losses.items()
     }
-    found["difference"] = _difference(losses)
+    found |= {
+        "difference": _difference(losses),
+        "utterances": min((len(r["sums"]) for r in losses.values()), default=0),
+    }
     return found | {"claims": _claims(found, outcomes)}
 
 
@@ -188,6 +191,7 @@ def _claims(found: dict[str, Any], outcomes: Sequence[Outcome]) -> list[Claim]:
             "test perplexity 49.6 against 50.4: -0.016 nats (table 2)",
             "loss of gated linear minus softmax attention",
             found["difference"],
+            found["utterances"],
             least=0.0,
         )
     ]
@@ -206,6 +210,7 @@ def _claims(found: dict[str, Any], outcomes: Sequence[Outcome]) -> list[Claim]:
             "WER 6.9 % against 7.8 % (table 2)",
             "WER of gated linear minus softmax attention, mean over sentences",
             paired(errors["gla"], errors["attention"]) if len(errors) == 2 else None,
+            min(map(len, errors.values()), default=0),
             "",
             least=0.0,
         )
@@ -230,7 +235,7 @@ def _timing_claims(found: dict[str, Any]) -> list[Claim]:
             more = last[(faster, batch)]["elapsed"] / last[(slower, batch)]["elapsed"] - 1
             seconds = last[(faster, batch)]["seconds"]
             what = f"share of its time that it takes more, {seconds:.3g} s of audio, batch {batch}"
-        claims.append(compared(said, numbers, what, more and Figure(more, more, more), "", least=0.05))
+        claims.append(compared(said, numbers, what, more and Figure(more, more, more), unit="", least=0.05))
     return claims
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -86,6 +88,32 @@ def test_a_verdict_is_that_of_the_interval(difference, verdict):
     assert contradicts == (
         "**Our result contradicts: " + ("less" if verdict == claims.CONTRADICTS else "none of these findings") + ".**"
     )
+
+
+def test_few_pairs_decide_nothing():
+    claim = claims.compared("less", "1 against 2", "difference", Figure(0.5, 0.5, 0.5), pairs=1)
+    assert claim.verdict == "undecided: 1 are too few, 5 are needed" and "+0.500" in claim.ours
+
+
+def test_twins_that_cannot_be_are_refused(twin_config):
+    with pytest.raises(grid.ExperimentError, match="attention_head 64 must be"):
+        twin_models.pretraining(dataclasses.replace(twin_config, preset=write_wide(twin_config)), "attention", "")
+
+
+def write_wide(config: ExperimentsConfig) -> str:
+    """Sizes that softmax heads do not divide."""
+    file = Path(config.preset).with_name("wide.json")
+    file.write_text(json.dumps(SIZES))
+    return str(file)
+
+
+def test_a_twins_folder_is_that_of_its_recipe(twin_config):
+    folders = {
+        twin_models.pretraining(dataclasses.replace(twin_config, **change), mixer, "x").output
+        for change in ({}, {"train_steps": 7}, {"data": "other"}, {"seed": 1})
+        for mixer in twins.MIXERS
+    }
+    assert len(folders) == 8
 
 
 def test_pairs_are_resampled_together():
