@@ -5,6 +5,7 @@
     memory (samples)            the memories that the model reaches by reading each prompt; the mean of several
     ist (rank, lr, position)    Initial-State Tuning, `model.voice_tuning`
     lora (rank, lr), full (lr)  tuned weights, `model.weight_tuning`
+    recorded, codec             no voice of a model: other held-out recordings, as they are and as the codec gives them
 
 Losses are means over the tokens of what a speaker holds out. Nothing stops early and nothing is picked by the held-out
 loss: `loss` is that after the last step; `best`, the lowest on the way, stands beside it.
@@ -12,6 +13,7 @@ loss: `loss` is that after the last step; `best`, the lowest on the way, stands 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from model.voice_samples import Sample
 
 KIND = "voices"
+ORIGINALS = ("recorded", "codec")
 
 
 @dataclass(frozen=True)
@@ -88,8 +91,9 @@ def cells_of(
     judged = list(clean)[: config.listen]
     found = []
     for method in methods:
-        for start in range(0, len(rows), config.together):
-            group = rows[start : start + config.together]
+        there = [row for row in rows if method["name"] not in ORIGINALS or row["name"] in judged]
+        for start in range(0, len(there), config.together):
+            group = there[start : start + config.together]
             names = [row["name"] for row in group]
             settings = {"model": kit.fingerprint, "method": method, "people": group, "seed": config.seed + seed}
             if "lr" in method:
@@ -108,10 +112,12 @@ def work(cell: Cell, kit: Kit) -> tuple[dict[str, Any], dict[str, Any]]:
     import torch
 
     from model.checkpoint import unpack
-    from pipeline.experiments.speaking import speak
+    from pipeline.experiments.speaking import originals, speak
 
     torch.set_num_threads(kit.config.threads)
     settings = cell.settings
+    if settings["method"]["name"] in ORIGINALS:
+        return originals(cell, kit), {}
     model, card = unpack(kit.files.config, kit.files.weights, kit.device)
     ids = {phone: number for number, phone in enumerate(card.inventory)}
     tasks = [_task(kit, row, ids) for row in settings["people"]]
@@ -227,8 +233,8 @@ def _weights(model: Lina, tasks: Sequence[Task], settings: dict[str, Any], space
 
 
 def _row(curve: Sequence[tuple[int, float]], parameters: int) -> dict[str, Any]:
-    losses = [loss for _, loss in curve]
-    return {"loss": losses[-1], "best": min(losses), "curve": curve, "parameters": parameters}
+    best = min((loss for _, loss in curve if math.isfinite(loss)), default=math.nan)
+    return {"loss": curve[-1][1], "best": best, "curve": curve, "parameters": parameters}
 
 
 _METHODS = {"nothing": _nothing, "prompt": _prompt, "memory": _memory, "ist": _ist, "lora": _weights, "full": _weights}

@@ -58,9 +58,11 @@ def compared(
     return Claim(said, paper, ours, EQUAL if abs(difference.value) < least else verdict)
 
 
-def mean(values: Iterable[float]) -> Figure:
-    """With its 95 % bootstrap interval; of one value, that value three times."""
+def mean(values: Iterable[float]) -> Figure | None:
+    """With its 95 % bootstrap interval; of one value, that value three times; of none, None."""
     found = np.array(list(values), np.float64)
+    if not len(found):
+        return None
     return interval(found, np.ones(len(found)))
 
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from pipeline.evaluation import Figure
 from pipeline.experiments import voices
-from pipeline.experiments.adapting import Kit, cells_of, work  # noqa: F401 (the work of this experiment's cells)
+from pipeline.experiments.adapting import ORIGINALS, Kit, cells_of, work  # noqa: F401 (the work of this experiment's cells)
 from pipeline.experiments.cells import Cell, Outcome
 from pipeline.experiments.claims import Claim, compared, mean, paired, shown, table, verdicts
 from pipeline.experiments.config import ExperimentsConfig
@@ -27,7 +27,8 @@ PAPER_CURVE = {"no voice": 6.10, "continuation": 5.21, "IST after 100 steps": 4.
 
 def methods(config: ExperimentsConfig) -> list[dict[str, Any]]:
     """The grid, in the order of the report."""
-    found: list[dict[str, Any]] = [{"name": "nothing"}]
+    found: list[dict[str, Any]] = [{"name": name} for name in ORIGINALS] if config.listen else []
+    found += [{"name": "nothing"}]
     for name in ("prompt", "memory"):
         found += [{"name": name, "samples": count, "sets": config.prompt_sets} for count in config.prompts]
     found += [{"name": "ist", "rank": rank, "lr": lr, "position": False} for rank in config.ranks for lr in config.lrs]
@@ -45,16 +46,21 @@ def summary(config: ExperimentsConfig, outcomes: Sequence[Outcome]) -> dict[str,
     groups = voices.by(outcomes, lambda settings: voices.label(settings["method"]))
     kinds = {voices.label(one["settings"]["method"]): one["settings"]["method"] for one in outcomes}
     base = voices.numbers(groups["no voice"])
-    rows = []
+    rows, lost = [], []
     for name, people in groups.items():
         losses = voices.numbers(people)
+        if kinds[name]["name"] in ORIGINALS:
+            continue
+        lost += [f"{name} for {speaker}" for speaker in people if speaker not in losses]
+        if not losses:
+            continue
         row = {"method": name, **kinds[name], "speakers": len(losses), "loss": mean(losses.values())}
         row |= {"gain": paired(losses, base)}
         if best := voices.numbers(people, "best"):
-            row |= {"best": mean(best.values()), "curve": _mean_curve(people)}
+            row |= {"best": mean(best.values()), "curve": _mean_curve([people[speaker] for speaker in losses])}
             row |= {"parameters": next(iter(people.values()))["parameters"]}
         rows.append(row)
-    return {"rows": rows, "claims": _claims(groups, kinds), "heard": _heard(groups)}
+    return {"rows": rows, "lost": lost, "claims": _claims(groups, kinds), "heard": _heard(groups)}
 
 
 def section(config: ExperimentsConfig, found: dict[str, Any]) -> list[str]:
@@ -77,6 +83,7 @@ def section(config: ExperimentsConfig, found: dict[str, Any]) -> list[str]:
         "with 95 % bootstrap intervals. The lowest loss on the way is picked by the held-out samples themselves: the "
         "paper's figure 5 is such a number.",
         "",
+        *([f"No finite loss, and so not in the table: {', '.join(found['lost'])}.", ""] if found["lost"] else []),
         "The paper (other codec and data, so only differences compare): "
         + ", ".join(f"{name} {loss:.2f}" for name, loss in PAPER_CURVE.items())
         + "; lowest loss by rank: "
@@ -154,8 +161,9 @@ def _best_by_rank(best: dict[str, dict[str, float]], plain: dict[str, dict[str, 
     return found
 
 
-def _mean_curve(people: voices.Rows) -> list[list[float]]:
-    curves = [dict(map(tuple, row["curve"])) for row in people.values()]
+def _mean_curve(rows: Sequence[dict[str, Any]]) -> list[list[float]]:
+    """Over speakers whose loss ended finite, at the steps where all of theirs were."""
+    curves = [{step: loss for step, loss in row["curve"] if loss is not None} for row in rows]
     steps = sorted(set.intersection(*(set(curve) for curve in curves)))
     return [[step, float(np.mean([curve[step] for curve in curves]))] for step in steps]
 

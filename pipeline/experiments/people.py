@@ -37,7 +37,7 @@ class Person:
     digest: str
     """Of the tokens."""
     samples: tuple[dict[str, Any], ...]
-    """phones, codes (base64 of uint16), frames, seconds, and the place of each in what the speaker gave."""
+    """text, phones, codes (base64 of uint16), frames, seconds, and the place of each in what the speaker gave."""
     sources: tuple[dict[str, Any], ...] = ()
     """audio, start and duration of all that the speaker gave."""
 
@@ -109,6 +109,7 @@ def encode(cell: Cell, kit: _Kit) -> tuple[dict[str, Any], dict[str, Any]]:
             "codes": base64.b64encode(np.ascontiguousarray(sample.codes, "<u2").tobytes()).decode(),
             "frames": sample.codes.shape[1],
             "phones": sample.phones,
+            "text": sample.text,
             "seconds": sample.seconds,
             "place": next(i for i, one in enumerate(speaker.samples) if sample.where == (one.where or one.audio)),
         }
@@ -124,11 +125,13 @@ def samples_of(person: Person, ids: dict[str, int]) -> list[Sample]:
     """As tuners take them. Raises Unusable."""
     from pipeline.speaker_samples import to_samples
 
-    rows = []
-    for row in person.samples:
-        codes = np.frombuffer(base64.b64decode(row["codes"]), "<u2").reshape(-1, row["frames"])
-        rows.append({"phones": row["phones"], "codes": codes})
+    rows = [{"phones": row["phones"], "codes": codes_of(row)} for row in person.samples]
     return to_samples(rows, ids)
+
+
+def codes_of(row: dict[str, Any]) -> np.ndarray:
+    """uint16 [K, frames] of a row of a person's samples."""
+    return np.frombuffer(base64.b64decode(row["codes"]), "<u2").reshape(-1, row["frames"])
 
 
 def divided(person: Person, config: ExperimentsConfig) -> tuple[tuple[int, ...], tuple[int, ...]]:

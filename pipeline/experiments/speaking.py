@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from infra import storage
+from pipeline.experiments.people import codes_of
 from pipeline.listening import wav
 
 if TYPE_CHECKING:
@@ -48,6 +49,31 @@ def speak(cell: Cell, kit: Kit, given: dict[str, Given]) -> dict[str, list[dict[
                 rate, reference = synthesizer.card.codec.sample_rate, reference_of(kit, name)
                 row |= judged(kit.folder, settings["judge"]["recogniser"], samples, rate, text, url, reference)
             found[name].append(row)
+    return found
+
+
+def originals(cell: Cell, kit: Kit) -> dict[str, dict[str, Any]]:
+    """By speaker, judgements of what it said itself: of held-out samples other than the one that voices are held
+    against; of nobody who holds out a single one. With the method `codec`, of what the codec makes of them."""
+    from pipeline.audio import read_segment
+    from pipeline.speakers import file_key
+
+    settings, codec = cell.settings, kit.codec.build(kit.device)
+    found: dict[str, dict[str, Any]] = {}
+    for row in settings["people"]:
+        name, said = row["name"], []
+        person = kit.people["clean"][name]
+        for place in row["held"][1 : 1 + settings["speak"]["sentences"]]:
+            sample = person.samples[place]
+            source = person.sources[sample["place"]]
+            if settings["method"]["name"] == "codec":
+                (wave,), rate = codec.decode([codes_of(sample)]), codec.config.sample_rate
+            else:
+                wave, rate = read_segment(source["audio"], source["start"], source["duration"])
+            url = storage.join(kit.folder, "speech", cell.name, f"{file_key(name)}-{place}.wav")
+            judgement = (settings["judge"]["recogniser"], wave, rate, sample["text"], url, reference_of(kit, name))
+            said.append({"text": sample["text"], "faults": [], **judged(kit.folder, *judgement)})
+        found[name] = {"speech": said}
     return found
 
 

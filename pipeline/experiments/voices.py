@@ -10,6 +10,8 @@ from pipeline.evaluation import table as heard_table
 from pipeline.experiments.cells import Outcome
 from pipeline.experiments.claims import YARDSTICK, table
 
+_PLAIN = {"nothing": "no voice", "recorded": "recorded speech", "codec": "recorded speech through the codec"}
+
 Rows = dict[str, dict[str, Any]]
 """A speaker's row of results, by speaker."""
 
@@ -34,8 +36,8 @@ def label(method: dict[str, Any]) -> str:
         what = "continuation" if kind == "prompt" else "memory read from"
         count = method["samples"]
         return f"{what}, {'all samples' if not count else f'{count} sample' + 's' * (count > 1)}"
-    if kind == "nothing":
-        return "no voice"
+    if kind in _PLAIN:
+        return _PLAIN[kind]
     rank = {"lora": f" rank {method.get('rank')}", "full": ""}.get(kind)
     if rank is None:
         rank = f" rank {method['rank']}" if method["rank"] else " full"

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from infra.config import ConfigError, load
 from pipeline.evaluation import Figure
 from pipeline.experiments import cells as grid
-from pipeline.experiments import claims, decoding, report, twin_models, twins
+from pipeline.experiments import claims, decoding, ist_ablation, report, twin_models, twins
 from pipeline.experiments.adapting import prompt_sets
 from pipeline.experiments.cells import Cell
 from pipeline.experiments.config import ExperimentsConfig, condition_of
@@ -114,6 +114,27 @@ def test_a_twins_folder_is_that_of_its_recipe(twin_config):
         for mixer in twins.MIXERS
     }
     assert len(folders) == 8
+
+
+def test_losses_that_are_not_finite_are_told_and_not_averaged():
+    def outcome(method: dict, **losses: float | None) -> dict:
+        rows = {
+            name: {"loss": loss} | ({} if method["name"] == "nothing" else {"best": loss, "parameters": 9})
+            for name, loss in losses.items()
+        }
+        for row in rows.values():
+            row["curve"] = [[0, 5.0], [2, row["loss"]]]
+        return {"settings": {"method": method}, "result": rows}
+
+    full = {"name": "full", "lr": 1.0}
+    outcomes = [outcome({"name": "nothing"}, ann=5.0, bob=6.0), outcome(full, ann=4.0, bob=None)]
+    outcomes.append(outcome(full | {"lr": 9.0}, ann=None, bob=None))
+    found = ist_ablation.summary(ExperimentsConfig(), outcomes)
+    assert [(row["method"], row["speakers"]) for row in found["rows"]] == [("no voice", 2), ("all weights, lr 1", 1)]
+    assert found["rows"][1]["gain"].value == -1.0 and found["rows"][1]["curve"] == [[0, 5.0], [2, 4.0]]
+    text = "\n".join(ist_ablation.section(ExperimentsConfig(), found))
+    assert "all weights, lr 1 for bob, all weights, lr 9 for ann, all weights, lr 9 for bob" in text
+    assert set(ist_ablation.figures(found)) == {"losses", "ranks"}
 
 
 def test_pairs_are_resampled_together():
