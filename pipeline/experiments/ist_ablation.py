@@ -180,7 +180,7 @@ def _losses(rows: Sequence[dict[str, Any]]) -> Picture:
     figure, (axes,) = row_of_axes(1)
     lines = [row for row in rows if "curve" in row]
     shades = colormaps["viridis"](np.linspace(0.0, 0.88, max(1, len(lines))))
-    for row, shade in zip(lines, shades, strict=True):
+    for row, shade in zip(lines, shades, strict=False):
         axes.plot(*zip(*row["curve"], strict=True), color=shade, lw=1.5, label=row["method"])
     flat: dict[str, int] = {}
     for row in [row for row in rows if "curve" not in row]:
