@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from infra import storage
+from model.lina_config import PRESETS
 from pipeline.experiments import cells as grid
 from pipeline.experiments import report
 from pipeline.experiments.cells import ExperimentError
@@ -39,10 +40,10 @@ def resolve(config: ExperimentsConfig) -> ExperimentsConfig:
     """Relative paths are the caller's, not the workers'; `auto` means a GPU where the cluster has one."""
     import ray
 
-    changes: dict[str, Any] = {name: storage.absolute(getattr(config, name)) for name in ("output", "model")}
-    changes |= {
-        name: value and storage.absolute(value) for name in ("speakers", "data") for value in [getattr(config, name)]
-    }
+    paths = {name: getattr(config, name) for name in ("output", "model", "speakers", "data")}
+    if config.preset not in PRESETS:
+        paths["preset"] = config.preset
+    changes = {name: path and storage.absolute(path) for name, path in paths.items()}
     if config.device == "auto":
         changes["device"] = "cuda" if ray.cluster_resources().get("GPU", 0) > 0 else "cpu"
     return dataclasses.replace(config, **changes)
