@@ -174,6 +174,7 @@ def _amount(amount: float) -> str:
 
 @in_style
 def _amounts(found: dict[str, Any]) -> Picture:
+    """What each way of giving a voice gains, speaker by speaker, by how much speech it is given."""
     figure, (axes,) = row_of_axes(1)
     styles = {
         ("ist", "many"): (INK, "-", "o"),
@@ -188,16 +189,17 @@ def _amounts(found: dict[str, Any]) -> Picture:
         rows.sort(key=lambda row: row["seconds"].value)
         if not rows:
             continue
-        losses = [row["loss"] for row in rows]
-        errors = [[f.value - f.low for f in losses], [f.high - f.value for f in losses]]
+        gains = [row["gain"] for row in rows]
+        errors = [[f.value - f.low for f in gains], [f.high - f.value for f in gains]]
         places = [row["seconds"].value for row in rows]
         label = f"{names[name]}, {data} sample{'s' * (data == 'many')}"
-        values = [f.value for f in losses]
+        values = [f.value for f in gains]
         axes.errorbar(places, values, yerr=errors, color=colour, ls=line, marker=mark, capsize=3, lw=1.3, label=label)
-    axes.axhline(found["base"].value, color=MARK, lw=1.1, label="no voice")
-    axes.set(
-        title="How much speech is enough", xlabel="seconds of a speaker", ylabel="held-out nats a token", xscale="log"
-    )
-    axes.xaxis.set_major_formatter("{x:g}")
+    axes.axhline(0.0, color=MARK, lw=1.1, label="no voice")
+    axes.set(title="How much speech is enough", xlabel="seconds of a speaker", ylabel="nats a token, minus no voice")
+    axes.set_xscale("log")
+    ticks = sorted({round(row["seconds"].value, 1) for row in found["rows"]})
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.minorticks_off()
     axes.legend(frameon=False, fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return figure
