@@ -62,6 +62,8 @@ class TrainCodecConfig:
     warmup: int = option(200, "steps to the full learning rate")
     cooldown: float = option(0.3, "share of the steps, at the end, in which the learning rate falls")
     quantise_from: int = option(500, "step at which the codebooks start; 0: from latents of the untrained networks")
+    full_depth: float = option(0.5, "share of the utterances that use all codebooks; the others use some of them")
+    commitment: float = option(0.1, "pull of the latents towards their codes, as a share of the reconstruction's")
     mel_weight: float = option(1.0, "share of the mel loss in the gradient")
     time_weight: float = option(0.5, "share of the waveform's loss")
     adversarial_from: int = option(0, "step from which the discriminator judges; 0 trains without one")

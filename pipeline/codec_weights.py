@@ -25,7 +25,7 @@ NAMES = ("encodec_24khz", "demo")
 """Codecs that are known by name; every other one is a folder."""
 
 DEMO_FOLDER = Path(__file__).parent.parent / "model" / "weights" / "codec-demo"
-DEMO_DIGEST = "0aa83d086a9aeaa77db509d2e727ab8d75f5296ed2177eca51e65c9c2ae58c0b"
+DEMO_DIGEST = "34566a2f51926f703950576ef50c44e0678a14eaf761dc76f39ecd03dcb2563a"
 """sha256 of the weights in `DEMO_FOLDER`; changes with every retraining."""
 
 
