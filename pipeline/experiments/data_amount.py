@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 from pipeline.experiments import voices
@@ -176,15 +177,8 @@ def _amount(amount: float) -> str:
 def _amounts(found: dict[str, Any]) -> Picture:
     """What each way of giving a voice gains, speaker by speaker, by how much speech it is given."""
     figure, (axes,) = row_of_axes(1)
-    styles = {
-        ("ist", "many"): (INK, "-", "o"),
-        ("ist", "one"): (INK, ":", "s"),
-        ("memory", "many"): ("#c98b2b", "-", "o"),
-    }
-    styles |= {("memory", "one"): ("#c98b2b", ":", "s"), ("prompt", "many"): ("#9aa5ad", "-", "o")}
-    styles |= {("prompt", "one"): ("#9aa5ad", ":", "s")}
-    names = {"ist": "IST rank 1", "memory": "memory read", "prompt": "continuation"}
-    for (name, data), (colour, line, mark) in styles.items():
+    ways = {"ist": ("IST rank 1", INK), "memory": ("memory read", "#c98b2b"), "prompt": ("continuation", "#9aa5ad")}
+    for (name, (what, colour)), (data, line, mark) in product(ways.items(), (("many", "-", "o"), ("one", ":", "s"))):
         rows = [row for row in found["rows"] if (row["method"], row["data"]) == (name, data)]
         rows.sort(key=lambda row: row["seconds"].value)
         if not rows:
@@ -192,13 +186,13 @@ def _amounts(found: dict[str, Any]) -> Picture:
         gains = [row["gain"] for row in rows]
         errors = [[f.value - f.low for f in gains], [f.high - f.value for f in gains]]
         places = [row["seconds"].value for row in rows]
-        label = f"{names[name]}, {data} sample{'s' * (data == 'many')}"
+        label = f"{what}, {data} sample{'s' * (data == 'many')}"
         values = [f.value for f in gains]
         axes.errorbar(places, values, yerr=errors, color=colour, ls=line, marker=mark, capsize=3, lw=1.3, label=label)
     axes.axhline(0.0, color=MARK, lw=1.1, label="no voice")
     axes.set(title="How much speech is enough", xlabel="seconds of a speaker", ylabel="nats a token, minus no voice")
     axes.set_xscale("log")
-    ticks = sorted({round(row["seconds"].value, 1) for row in found["rows"]})
+    ticks = sorted({row["amount"] or round(row["seconds"].value) for row in found["rows"]})
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.minorticks_off()
     axes.legend(frameon=False, fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0))
