@@ -93,6 +93,6 @@ def write_page(corpus: str, evaluation: str, steps: Sequence[Step]) -> str:
 
 def times(steps: Sequence[Step]) -> str:
     """A Markdown table of the chain's times."""
-    lines = ["| step | command | seconds |", "|---|---|---|"]
-    lines += [f"| {step.what} | {step.command} | {step.seconds:.0f} |" for step in steps]
-    return "\n".join([*lines, f"| all | | {sum(step.seconds for step in steps):.0f} |"])
+    lines = ["| step | seconds | command |", "|---|---|---|"]
+    lines += [f"| {step.what} | {step.seconds:.0f} | {step.command} |" for step in steps]
+    return "\n".join([*lines, f"| all | {sum(step.seconds for step in steps):.0f} | |"])
