@@ -24,6 +24,7 @@ class PretrainConfig:
     output: str = option("out/pretrain", "folder that all nodes share, or an fsspec URL: checkpoints, export")
     name: str = option("demo", "name of the run and of the model in MLflow's registry")
     model: str = option("tiny", f"{', '.join(PRESETS)}, or a JSON file of sizes (fields of LinaConfig)")
+    start_from: str = option("", "folder of an exported model whose weights training starts from; empty: random ones")
     codebooks: int = option(4, "codebooks that are modelled, the first ones of the dataset's")
     mixer: str = option("gla", "gla, or softmax attention of the same size", choices=("gla", "attention"))
     dropout: float = option(0.0, "of what each causal block adds")
@@ -131,6 +132,7 @@ class PretrainConfig:
             *("output", "name", "workers", "device", "threads", "cache", "prefetch", "save_every", "keep", "zero"),
             *("evaluate_every", "valid_batches", "speak", "max_failures", "experiment", "tracking", "max_skipped"),
             *("max_bad_samples", "activation_checkpointing", "accumulate", "data", "model"),
+            "start_from",
         )
         values = {name: value for name, value in dataclasses.asdict(self).items() if name not in free}
         return values | {"sizes": self.sizes().to_dict()}

@@ -21,7 +21,8 @@ from model.lina_config import PRESETS
 from pipeline.model_export import EXPORT
 from pipeline.pretrain_config import PretrainConfig
 from pipeline.training_checkpoints import CheckpointError, newest
-from pipeline.training_data import PretrainError, open_index, require_same, schedule_of
+from pipeline.training_data import open_index, require_same, schedule_of
+from pipeline.training_start import PretrainError, starting_card
 
 
 def pretrain(config: PretrainConfig) -> dict[str, Any]:
@@ -67,9 +68,9 @@ def resolve(config: PretrainConfig) -> PretrainConfig:
     """Relative paths are the caller's, not the workers'."""
     model = config.model if config.model in PRESETS else storage.absolute(config.model)
     zero = config.zero if config.zero.isdigit() else storage.absolute(config.zero)
-    return dataclasses.replace(
-        config, data=storage.absolute(config.data), output=storage.absolute(config.output), model=model, zero=zero
-    )
+    start = storage.absolute(config.start_from) if config.start_from else ""
+    data, output = storage.absolute(config.data), storage.absolute(config.output)
+    return dataclasses.replace(config, data=data, output=output, model=model, zero=zero, start_from=start)
 
 
 def nothing_left(config: PretrainConfig) -> bool:
@@ -82,7 +83,9 @@ def nothing_left(config: PretrainConfig) -> bool:
     index = open_index(config)
     schedule_of(config, index).require_world(config.workers)
     found = newest(config.output)
-    if found is not None:
+    if found is None:
+        starting_card(config)
+    else:
         require_same(found, config, index)
     return found is not None and found.step >= config.steps
 

@@ -8,10 +8,7 @@ from pipeline.pretrain_config import PretrainConfig
 from pipeline.schedule import Schedule
 from pipeline.token_index import TokenIndex
 from pipeline.training_checkpoints import Checkpoint
-
-
-class PretrainError(RuntimeError):
-    """A run that cannot start or go on: says why, and what to do."""
+from pipeline.training_start import PretrainError, starting_card
 
 
 def open_index(config: PretrainConfig) -> TokenIndex:
@@ -36,6 +33,10 @@ def require_same(found: Checkpoint, config: PretrainConfig, index: TokenIndex) -
     """Raises PretrainError where a checkpoint is of another dataset or another recipe, with what differs."""
     before, now = found.facts["identity"], json.loads(json.dumps(config.identity()))
     differing = [f"{name}: {before.get(name)} → {now[name]}" for name in now if before.get(name) != now[name]]
+    if config.start_from:  # without it, a run goes on even where that model is gone
+        started, named = found.facts["model"]["training"].get("started_from"), starting_card(config).fingerprint
+        if started != named:
+            differing.insert(0, f"started from model {str(started)[:12]} → {named[:12]}")
     if found.facts["dataset"] != index.digest:
         differing.insert(0, f"dataset: {found.facts['dataset'][:12]}… → {index.digest[:12]}…")
     if differing:

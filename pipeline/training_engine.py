@@ -110,16 +110,24 @@ class Engine:
         device: of this worker.
         bf16: precision of weights and activations; the optimiser keeps float32 copies.
         load_universal: whether a universal checkpoint is going to be loaded.
+        start: the model to train, of the config's sizes; None draws its weights.
 
     torch.distributed must have been initialised.
     """
 
-    def __init__(self, config: PretrainConfig, device: torch.device, bf16: bool, load_universal: bool = False) -> None:
+    def __init__(
+        self,
+        config: PretrainConfig,
+        device: torch.device,
+        bf16: bool,
+        load_universal: bool = False,
+        start: Lina | None = None,
+    ) -> None:
         self.config, self.device, self.bf16 = config, device, bf16
         self.rank, self.world = torch.distributed.get_rank(), torch.distributed.get_world_size()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
-            model = Lina(config.sizes())
+            model = Lina(config.sizes()) if start is None else start
         model.activation_checkpointing = config.activation_checkpointing
         self.optimiser = GuardedAdamW(
             parameter_groups(model, config.weight_decay),

@@ -11,15 +11,17 @@ import torch.distributed as dist
 
 from infra import allocator, storage, tracking
 from infra.hardware import peak_flops
+from model.lina import Lina
 from pipeline import model_export
 from pipeline import training_checkpoints as checkpoints
 from pipeline.loader import Loader
 from pipeline.phonemes import INVENTORY
 from pipeline.pretrain_config import PretrainConfig
 from pipeline.token_index import TokenIndex
-from pipeline.training_data import PretrainError, open_index, require_same, schedule_of
+from pipeline.training_data import open_index, require_same, schedule_of
 from pipeline.training_engine import Engine, StepResult
 from pipeline.training_log import StepLog, tell
+from pipeline.training_start import PretrainError, starting_card, starting_model
 from pipeline.validation import validate
 
 
@@ -33,7 +35,8 @@ def train(config: PretrainConfig, device: torch.device, uri: str, asked_to_stop:
     dist.broadcast_object_list(start)
     resumed = start[0]
     bf16 = config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda")
-    engine = Engine(config, device, bf16, load_universal=bool(resumed and resumed[1]))
+    start, started_from = _start(config, resumed[0] if resumed else None)
+    engine = Engine(config, device, bf16, load_universal=bool(resumed and resumed[1]), start=start)
     if resumed:
         require_same(resumed[0], config, index)
         checkpoints.load(engine, resumed[0])
@@ -45,7 +48,16 @@ def train(config: PretrainConfig, device: torch.device, uri: str, asked_to_stop:
         if rank == 0:
             tracking.remember_run(run, tracked)
             tracked.log_input(os.path.basename(config.data), index.digest, config.data, "training")
-        return _Loop(config, engine, index, tracked, asked_to_stop).run(resumed[0].step if resumed else 0)
+        return _Loop(config, engine, index, tracked, asked_to_stop, started_from).run(resumed[0].step if resumed else 0)
+
+
+def _start(config: PretrainConfig, resumed: checkpoints.Checkpoint | None) -> tuple[Lina | None, str]:
+    """(the weights that a new run starts from, if they are not random; the fingerprint of their model, or nothing)."""
+    if resumed:
+        return None, resumed.facts["model"]["training"].get("started_from", "")
+    if not config.start_from:
+        return None, ""
+    return starting_model(config), starting_card(config).fingerprint
 
 
 class _Loop:
@@ -58,9 +70,10 @@ class _Loop:
         index: TokenIndex,
         tracked: tracking.Run,
         asked_to_stop: Callable[[], bool],
+        started_from: str,
     ) -> None:
         self.config, self.engine, self.index, self.run_ = config, engine, index, tracked
-        self.asked_to_stop, self.folder = asked_to_stop, config.output
+        self.asked_to_stop, self.folder, self.started_from = asked_to_stop, config.output, started_from
         self.first = engine.rank == 0
         peak = peak_flops(engine.device, engine.bf16) * engine.world if self.first else 1.0
         self.log = StepLog(config, peak, engine.device, tracked, self.folder) if self.first else None
@@ -132,6 +145,7 @@ class _Loop:
                     "dataset": self.index.digest,
                     "run_id": self.run_.run_id,
                     "config": self.config.identity(),
+                    **({"started_from": self.started_from} if self.started_from else {}),
                 },
             },
         }

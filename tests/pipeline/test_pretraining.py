@@ -147,3 +147,18 @@ def test_another_recipe_on_a_run_is_refused_with_what_differs(
     assert done.returncode == 2, done.stderr[-2000:]
     assert "learning_rate: 0.003 → 0.002; beta2: 0.95 → 0.9" in done.stderr
     assert "choose another --output" in done.stderr
+
+
+def test_training_goes_on_from_an_exported_model_and_says_which(
+    quiet: Path, arguments: list[str], tmp_path: Path
+) -> None:
+    from model.checkpoint import load
+
+    words = [*arguments, "--steps", "3", "--warmup", "3", "--start-from", str(quiet / "export")]
+    assert finish_run(start(words, tmp_path, 1)) == 0
+    found, before = losses(tmp_path), losses(quiet)
+    assert found[1] < 0.7 * before[1]
+    assert found[1] == pytest.approx(before[STEPS], rel=0.25)
+    _, card = load(tmp_path / "export")
+    assert card.training["started_from"] == load(quiet / "export")[1].fingerprint
+    assert "start_from" not in card.training["config"]
