@@ -1,12 +1,12 @@
 """Continuous batching: rows that speak together, each from its own start to its own end.
 
-A row joins whenever there is something for it to say and leaves with its last code; the others do not notice, since
-a row's memory is of constant size (Lina-Speech, section 3.3) and its randomness is its own.
+A row joins whenever there is something for it to say and leaves with its last code, or when nobody listens any more;
+the others do not notice: a row's memory is of constant size (Lina-Speech, section 3.3), and its randomness is its own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Set
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -74,10 +74,16 @@ class ContinuousBatch:
             return []
         left = sorted(set(range(len(self._rows))) - set(going))
         ended = [(self._rows[i].key, self._rows[i].speech(done[i])) for i in left]
-        self._rows = [self._rows[i] for i in going]
-        index = torch.tensor(going, dtype=torch.int64, device=attention.device)
-        self._progress = trimmed(taken(self._progress, index)) if going else None
+        self._keep(going)
         return ended
+
+    @torch.inference_mode()
+    def drop(self, keys: Set[Hashable]) -> None:
+        """Takes rows out before their end; those that are not there, or have ended, are passed over."""
+        self._waiting = [entry for entry in self._waiting if entry[0].key not in keys]
+        kept = [place for place, row in enumerate(self._rows) if row.key not in keys]
+        if len(kept) < len(self._rows):
+            self._keep(kept)
 
     def said(self, key: Hashable) -> torch.Tensor:
         """int64 [K, N]: the codes of a row's frames that are complete by now.
@@ -88,6 +94,11 @@ class ContinuousBatch:
         if any(row.key == key for row, *_ in self._waiting):
             return torch.zeros(self.model.config.codebooks, 0, dtype=torch.int64)
         return {row.key: row for row in self._rows}[key].codes()
+
+    def _keep(self, places: list[int]) -> None:
+        self._rows = [self._rows[place] for place in places]
+        index = torch.tensor(places, dtype=torch.int64, device=self.model.norm.weight.device)
+        self._progress = trimmed(taken(self._progress, index)) if places else None
 
     def _begin(self) -> None:
         rows, phones, seeds, states, prompts = zip(*self._waiting, strict=True)

@@ -23,9 +23,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from model.continuous_batch import ContinuousBatch
 from model.sampling import Speech
 from pipeline.service.engine import Stopped
-from pipeline.service.leaving_batch import LeavingBatch
 from pipeline.speech_faults import Findings, examine
 from pipeline.speech_joining import FADE, faded, join, trailing_silence
 from pipeline.speech_lines import Piece, derived
@@ -94,7 +94,7 @@ class Speaker:
         self.failure: Exception | None = None
         self.steps = 0
         self._first = max(1, round(first * synthesizer.card.codec.frame_rate))
-        self._batch = LeavingBatch(synthesizer.model, synthesizer.policy)
+        self._batch = ContinuousBatch(synthesizer.model, synthesizer.policy)
         self._changed = threading.Condition()
         self._held: dict[Spoken, None] = {}
         self._new: list[Spoken] = []

@@ -13,13 +13,13 @@ import pytest
 import torch
 
 from infra.config import ConfigError, load
+from model.continuous_batch import ContinuousBatch
 from model.sampling import Policy
 from pipeline import codec_weights
 from pipeline.service.config import ServeConfig, ServiceConfig
 from pipeline.service.encoding import MEDIA, STREAMED, Encoder, whole
 from pipeline.service.engine import Stopped
 from pipeline.service.ingress import application
-from pipeline.service.leaving_batch import LeavingBatch
 from pipeline.service.service import Service
 from pipeline.service.speaker import Full, Said, Speaker
 from pipeline.service.tenants import Rates, Tenant, read
@@ -146,7 +146,7 @@ def test_rows_that_leave_change_nothing_for_those_that_stay(parts):
     takes = [engine.takes(n, Line(TEXT, None, n))[0] for n in range(3)]
 
     def said(dropped: set[int]) -> dict[int, list]:
-        batch, ended = LeavingBatch(engine.model, Policy(max_frames=40)), {}
+        batch, ended = ContinuousBatch(engine.model, Policy(max_frames=40)), {}
         for n, take in enumerate(takes):
             batch.add(n, take.phones, take.seed)
         for step in range(60):
