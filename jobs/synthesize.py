@@ -40,6 +40,7 @@ def main() -> int:
         return 2
 
     from infra import cluster
+    from infra.tracking import TrackingError
     from model.codec_config import CodecError
     from model.lina_config import ModelError
     from pipeline.plan import PlanError
@@ -56,7 +57,10 @@ def main() -> int:
     except SynthesisError as error:
         print(f"synthesize: {error}", file=sys.stderr)
         return 1
-    except (CodecError, ModelError, PlanError, ScriptError, SpeechFileError, Unusable, cluster.ClusterError) as error:
+    except (
+        *(CodecError, ModelError, PlanError, ScriptError, SpeechFileError, Unusable),
+        *(cluster.ClusterError, TrackingError),
+    ) as error:
         print(f"synthesize: {error}", file=sys.stderr)
         return 2
 
@@ -101,30 +105,24 @@ def say(config: SynthesizeConfig) -> int:
 
 def perform(config: SynthesizeConfig) -> int:
     """A script into a folder; returns the exit code."""
-    from tqdm import tqdm
-
+    from infra import tracking
     from pipeline import bulk_synthesis
 
     bulk = bulk_synthesis.plan(config)
-    total, missing = bulk.survey.lines, bulk.lines(bulk.missing())
-    print(
-        f"synthesize: {total:,} lines, {missing:,} to be said → {bulk.config.output} on {bulk.config.device}",
-        flush=True,
-    )
-    start, made, bad = time.monotonic(), 0.0, 0
-    with tqdm(desc="synthesizing", unit=" lines", total=total, initial=total - missing, **_pace()) as bar:
-
-        def on_rows(rows: list[dict[str, Any]]) -> None:
-            nonlocal made, bad
-            made += sum(row.get("seconds", 0.0) for row in rows)
-            bad += sum("reason" in row or bool(row["faults"]) for row in rows)
-            rate = made / max(time.monotonic() - start, 1e-9)
-            bar.set_postfix_str(f"{made / 60:,.1f} min, {rate:.1f} × real time, {bad} bad", refresh=False)
-            bar.update(len(rows))
-
-        bulk_synthesis.run(bulk, on_rows)
-    summary = bulk_synthesis.finish(bulk)
-    print(describe_summary(summary, bulk.config.output))
+    config = bulk.config
+    with tracking.track(
+        config.experiment,
+        os.path.basename(config.output),
+        config=bulk.settings | {"script": config.script, "output": config.output, "voices": config.voices},
+        tags={"model": bulk.settings["model"], "codec": bulk.codec.identity.name},
+        run_id=tracking.known_run(config.output),
+        tracking="none" if config.tracking == "none" else None,
+    ) as run:
+        tracking.remember_run(config.output, run)
+        run.log_input(os.path.basename(config.model), bulk.settings["model"], config.model, context="model")
+        summary = work(bulk, run)
+        print(describe_summary(summary, config.output))
+        print(f"tracked   {run.where}")
     if (fraction := bulk_synthesis.bad_fraction(summary)) > config.max_reject_fraction:
         print(
             f"synthesize: {fraction:.1%} of the lines were rejected or failed every attempt, more than "
@@ -133,6 +131,41 @@ def perform(config: SynthesizeConfig) -> int:
         )
         return 3
     return 0
+
+
+def work(bulk: Any, run: Any) -> dict[str, Any]:
+    """Says what is missing; returns the summary of all of the script, which is tracked, too."""
+    from tqdm import tqdm
+
+    from infra import storage
+    from pipeline import bulk_synthesis
+
+    total, missing = bulk.survey.lines, bulk.lines(bulk.missing())
+    print(
+        f"synthesize: {total:,} lines, {missing:,} to be said → {bulk.config.output} on {bulk.config.device}",
+        flush=True,
+    )
+    start, said, made, bad = time.monotonic(), 0, 0.0, 0
+    with tqdm(desc="synthesizing", unit=" lines", total=total, initial=total - missing, **_pace()) as bar:
+
+        def on_rows(rows: list[dict[str, Any]]) -> None:
+            nonlocal said, made, bad
+            said += len(rows)
+            made += sum(row.get("seconds", 0.0) for row in rows)
+            bad += sum("reason" in row or bool(row["faults"]) for row in rows)
+            rate = made / max(time.monotonic() - start, 1e-9)
+            bar.set_postfix_str(f"{made / 60:,.1f} min, {rate:.1f} × real time, {bad} bad", refresh=False)
+            bar.update(len(rows))
+            run.log_metrics({"lines_so_far": said, "real_time_factor_so_far": rate, "bad_so_far": bad}, step=said)
+
+        bulk_synthesis.run(bulk, on_rows)
+    summary = bulk_synthesis.finish(bulk)
+    faults = {f"faults.{name}": count for name, count in summary["faults"].items()}
+    rejects = {f"rejects.{name}": count for name, count in summary["rejects"].items()}
+    totals = {name: value for name, value in summary.items() if isinstance(value, int | float)}
+    run.log_metrics(totals | faults | rejects)
+    run.log_artifact(storage.join(bulk.config.output, "summary.json"))
+    return summary
 
 
 def describe_summary(summary: dict[str, Any], output: str) -> str:

@@ -1,6 +1,6 @@
 """Text to speech: many lines at once, cut at sentences, examined, said again where that went wrong, and joined.
 
-    synthesizer = Synthesizer(load_model("models/lina"), codec_weights.resolve("demo"))
+    synthesizer = Synthesizer(read_model("models/lina"), codec_weights.resolve("demo"))
     spoken = synthesizer.say(Line("Good morning."))            # spoken.samples, spoken.rate, spoken.pieces
 
 All pieces of all lines share one continuous batch. What a line says is a function of its text, voice and seed: the

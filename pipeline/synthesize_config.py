@@ -40,6 +40,8 @@ class SynthesizeConfig:
     threads: int = option(1, "CPU threads, and CPUs, of a worker")
     chunk: int = option(128, "lines that a worker takes at a time; what is lost with it")
     max_reject_fraction: float = option(0.05, "exit code 3 if a larger share was rejected or failed every attempt")
+    tracking: str = option("mlflow", "where a script's run is recorded", ("mlflow", "none"))
+    experiment: str = option("synthesize", "MLflow experiment")
 
     def __post_init__(self) -> None:
         if (self.text is None) == (self.script is None):
