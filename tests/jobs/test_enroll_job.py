@@ -227,6 +227,20 @@ def test_each_speaker_is_handled_for_itself(service, corpus, tmp_path, tracking_
     assert "report.html" in {file.path for file in client.list_artifacts(run.info.run_id)}
 
 
+def test_voices_are_heard_and_judged_in_the_report(undisturbed, corpus, tmp_path):
+    """Voices of random weights say nothing that anybody understands, and the table says so."""
+    pytest.importorskip("faster_whisper")
+    output = tmp_path / "voices"
+    subprocess.run(["cp", "-r", str(undisturbed), str(output)], check=True)
+    assert enroll(config(corpus, output, listen=2, sentence="Rain fell.")) == 0
+    table = {row["speaker"]: row for row in csv.DictReader((output / "voices.csv").open())}
+    heard = {name: row for name, row in table.items() if row["wer"]}
+    assert sorted(heard) == ["spk-000", f"spk-{SPEAKERS - 1:03d}"]
+    assert all(float(row["wer"]) > 0.4 and -1 <= float(row["similarity"] or 0) < 0.9 for row in heard.values())
+    page = (output / "report.html").read_text()
+    assert page.count("<audio") == 2 and page.count("data:audio/ogg;base64,") == 2
+
+
 @pytest.mark.parametrize(
     ("words", "reason"),
     [
