@@ -25,7 +25,7 @@ NAMES = ("encodec_24khz", "demo")
 """Codecs that are known by name; every other one is a folder."""
 
 DEMO_FOLDER = Path(__file__).parent.parent / "model" / "weights" / "codec-demo"
-DEMO_DIGEST = "34566a2f51926f703950576ef50c44e0678a14eaf761dc76f39ecd03dcb2563a"
+DEMO_DIGEST = "1c0f33a9fe41659cf58564f01759a7db46e2ad90f060af28862e28e534731aeb"
 """sha256 of the weights in `DEMO_FOLDER`; changes with every retraining."""
 
 

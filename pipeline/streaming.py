@@ -17,7 +17,7 @@ from pipeline.speech_joining import FADE, faded, trailing_silence
 from pipeline.speech_lines import Line
 from pipeline.synthesis import Synthesizer, Take
 
-_GROWTH = 1.5
+GROWTH = 1.5
 """A chunk ends where so many times as much of the piece has been said as at the last one's end."""
 
 
@@ -61,4 +61,4 @@ def _piece(synthesizer: Synthesizer, take: Take, first: float) -> Iterator[np.nd
             yield wave[given:until]
         if ended:
             return
-        given, due = until, max(due + 1, round(due * _GROWTH))
+        given, due = until, max(due + 1, round(due * GROWTH))

@@ -215,8 +215,7 @@ class Synthesizer:
         return take._replace(seed=derived(take.attempts[0][0], "again", len(take.attempts)))
 
     def _piece(self, take: Take) -> tuple[Piece, np.ndarray]:
-        """The best attempt: with the fewest faults, of those the one that covers most."""
-        seed, codes, found = min(take.attempts, key=lambda attempt: (len(attempt[2].faults), -attempt[2].coverage))
+        seed, codes, found = best_attempt(take)
         piece = Piece(take.text, codes.shape[1], seed, len(take.attempts), found)
         return piece, self.decode(codes)
 
@@ -244,6 +243,11 @@ class Take(NamedTuple):
     seed: int
     attempts: list[tuple[int, np.ndarray, Findings]]
     """(seed, codes, findings) of the attempts so far."""
+
+
+def best_attempt(take: Take) -> tuple[int, np.ndarray, Findings]:
+    """The one with the fewest faults, of those the one that covers most."""
+    return min(take.attempts, key=lambda attempt: (len(attempt[2].faults), -attempt[2].coverage))
 
 
 @dataclass

@@ -26,12 +26,11 @@ import numpy as np
 from model.continuous_batch import ContinuousBatch
 from model.sampling import Speech
 from pipeline.service.engine import Stopped
-from pipeline.speech_faults import Findings, examine
+from pipeline.speech_faults import examine
 from pipeline.speech_joining import FADE, faded, join, trailing_silence
 from pipeline.speech_lines import Piece, derived
-from pipeline.synthesis import Synthesizer, Take
-
-_GROWTH = 1.5
+from pipeline.streaming import GROWTH
+from pipeline.synthesis import Synthesizer, Take, best_attempt
 
 
 class Full(RuntimeError):
@@ -219,7 +218,7 @@ class Speaker:
             seed = derived(take.attempts[0][0], "again", len(take.attempts))
             request.again.append(take._replace(seed=seed))
             return
-        seed, codes, found = take.attempts[-1] if not unheard else _best(take.attempts)
+        seed, codes, found = best_attempt(take) if unheard else take.attempts[-1]
         request.pieces[number] = Piece(take.text, codes.shape[1], seed, len(take.attempts), found)
         if request.stream:
             request.ended[number] = codes
@@ -241,7 +240,7 @@ class Speaker:
         if frames >= request.due and not request.sound.behind:
             codes = self._batch.said(take.key).cpu().numpy()
             request.sound.behind = request.heard = True
-            request.due = max(frames + 1, round(frames * _GROWTH))
+            request.due = max(frames + 1, round(frames * GROWTH))
             self._sounds.put(lambda number=request.current: request.sound.more(number, codes, False))
 
     def _finish(self, request: Spoken) -> None:
@@ -310,8 +309,3 @@ class Sound:
         if not self.stream:
             self.deliver(join([self._waves[number] for number in range(len(pieces))], self.pauses, self._rate))
         self.deliver(Said(pieces))
-
-
-def _best(attempts: list[tuple[int, np.ndarray, Findings]]) -> tuple[int, np.ndarray, Findings]:
-    """With the fewest faults, of those the one that covers most."""
-    return min(attempts, key=lambda attempt: (len(attempt[2].faults), -attempt[2].coverage))
