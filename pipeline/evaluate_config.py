@@ -28,7 +28,7 @@ class EvaluateConfig:
     meta: str | None = option(None, "also write the set as seed-tts-eval's meta.lst, here")
     name: str = option("evaluation", "of the run")
     experiment: str = option("evaluate", "MLflow experiment")
-    tracking: str | None = option(None, "MLflow's tracking URI, or none; default MLFLOW_TRACKING_URI")
+    tracking: str = option("", "MLflow's tracking URI, or none; default MLFLOW_TRACKING_URI")
 
     def __post_init__(self) -> None:
         if not self.set:

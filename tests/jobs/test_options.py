@@ -1,0 +1,40 @@
+"""Options that all jobs share mean the same in all of them, on the command line and in a file."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import pytest
+
+from infra.config import add_arguments, from_arguments
+from pipeline.codec_training import TrainCodecConfig
+from pipeline.enroll_config import EnrollConfig
+from pipeline.evaluate_config import EvaluateConfig
+from pipeline.experiments.config import ExperimentsConfig
+from pipeline.pretrain_config import PretrainConfig
+from pipeline.synthesize_config import SynthesizeConfig
+from pipeline.tokenize_config import TokenizeConfig
+
+NEEDED = {EnrollConfig: {"speakers": "x"}, EvaluateConfig: {"set": "x"}, SynthesizeConfig: {"script": "x"}}
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *(EnrollConfig, EvaluateConfig, ExperimentsConfig, PretrainConfig),
+        *(SynthesizeConfig, TokenizeConfig, TrainCodecConfig),
+    ],
+)
+@pytest.mark.parametrize("in_file", [False, True])
+def test_none_turns_tracking_off(kind: type, in_file: bool, tmp_path: Path) -> None:
+    needed = NEEDED.get(kind, {})
+    words = [word for name, value in needed.items() for word in (f"--{name}", value)]
+    if in_file:
+        (tmp_path / "job.yaml").write_text("tracking: none\n")
+        words += ["--config", str(tmp_path / "job.yaml")]
+    else:
+        words += ["--tracking", "none"]
+    parser = argparse.ArgumentParser()
+    add_arguments(parser, kind)
+    assert from_arguments(kind, parser.parse_args(words)).tracking == "none"
