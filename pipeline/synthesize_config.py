@@ -29,7 +29,9 @@ class SynthesizeConfig:
     codec: str | None = option(None, "encodec_24khz, demo or a folder (default: the model's, where that has a name)")
     codec_weights: str | None = option(None, "path or URL of EnCodec's own weights, for machines without internet")
     seed: int = option(0, "randomness; the same seed says the same")
-    temperature: tuple[float, ...] = option((1.0, 0.0), "by codebook, the last one for all further: 0 is the likeliest")
+    temperature: tuple[float, ...] = option(
+        (0.6, 0.0), "by codebook, the last one for all further: 0 is the likeliest; the release draws at 1"
+    )
     top_k: tuple[int, ...] = option((100,), "by codebook: how many of the likeliest codes are drawn from; 0 for all")
     retries: int = option(2, "further attempts at a sentence that failed")
     rows: int = option(16, "sentences spoken at once by one worker")

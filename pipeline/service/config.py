@@ -31,7 +31,9 @@ class ServiceConfig:
     tokens: str | None = option(None, "YAML file of tenants and the sha256 of their tokens; without it, loopback only")
     tenant: str = option("local", "whose voices they are where there are no tokens")
 
-    temperature: tuple[float, ...] = option((1.0, 0.0), "by codebook, the last one for all further: 0 is the likeliest")
+    temperature: tuple[float, ...] = option(
+        (0.6, 0.0), "by codebook, the last one for all further: 0 is the likeliest; the release draws at 1"
+    )
     top_k: tuple[int, ...] = option((100,), "by codebook: how many of the likeliest codes are drawn from; 0 for all")
     retries: int = option(2, "further attempts at a sentence that failed and that nobody heard yet")
     rows: int = option(16, "sentences spoken at once by one engine")
