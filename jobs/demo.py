@@ -34,7 +34,7 @@ def main() -> int:
 
     folder, steps = arguments.output, []
     first = [
-        ("a corpus", ["jobs/make_demo_corpus.py", "--output", folder]),
+        ("a corpus", ["jobs/make_demo_corpus.py", "--engine", "hibari", "--output", folder]),
         ("tokens", ["jobs/tokenize.py", "--input", f"{folder}/manifest.jsonl", "--codec", "demo"]),
     ]
     first[1][1].extend(["--output", f"{folder}/tokens"])

@@ -2,8 +2,8 @@
 
     python tests/benchmarks/warm_start.py --model MODEL --data TOKENS --speakers 12
 
-The recipe starts from factors drawn at random and ends after 100 steps: its held-out loss there is what the others are
-timed against. They start from
+The recipe starts from factors drawn at random and takes 100 steps: the lowest held-out loss on its way, which is what
+early stopping keeps, is what the others are timed against. They start from
   mean  the mean voice of all the other speakers, as the recipe tuned them (nobody is in its own start),
   read  the memories that the model itself has after reading the speaker's samples, their mean, factorised.
 Voices that never get there count with all their steps.
@@ -64,7 +64,7 @@ def compare(model, speakers: dict, recipe) -> None:
             for name, samples in speakers.items()
         },
     }
-    targets = {name: voice.curve[-1][1] for name, voice in drawn.items()}
+    targets = {name: min(loss for _, loss in voice.curve) for name, voice in drawn.items()}
     base = statistics.mean(voice.base_loss for voice in drawn.values())
     continued = statistics.mean(voice.continuation_loss for voice in drawn.values())
     print(f"held-out loss without a voice {base:.4f}, after the longest sample as a prompt {continued:.4f}\n")
