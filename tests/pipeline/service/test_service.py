@@ -19,8 +19,10 @@ import pytest
 import requests
 import soundfile
 
+from model.sampling import Policy
 from model.voice_file import load
 from pipeline import codec_weights
+from pipeline.service.config import ServiceConfig
 from pipeline.service.encoding import MEDIA
 from pipeline.speaking_voices import read_voice
 from pipeline.speech_files import decode
@@ -84,7 +86,9 @@ def test_openais_client_works(service):
 
 
 def test_what_is_said_is_what_the_synthesizer_says(service):
-    engine = Synthesizer(read_model(service.model), codec_weights.resolve(service.codec), dtype="float64", retries=1)
+    drawn = Policy(ServiceConfig.temperature, ServiceConfig.top_k)
+    files, codec = read_model(service.model), codec_weights.resolve(service.codec)
+    engine = Synthesizer(files, codec, dtype="float64", policy=drawn, retries=1)
     voice = read_voice(str(service.folder / "voices/a/ann.safetensors"), engine.card, "ann")
     text = "The boat sailed past the quiet island. Was it green? Seven birds sang about rain."
     expected = engine.say(Line(text, voice, 7))
