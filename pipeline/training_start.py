@@ -1,4 +1,4 @@
-"""Training that starts from the weights of an exported model instead of random ones: fine-tuning, a new codec."""
+"""Training that starts from the weights of an exported model instead of random ones: fine-tuning."""
 
 from __future__ import annotations
 
