@@ -61,12 +61,18 @@ class Codec:
                 "the file is damaged or belongs to another codec; fetch it again"
             )
         self.config, self.weights, self.device = config, weights, torch.device(device)
+        self.digest = actual
+        """sha256 of all weights: equal ones also decode alike."""
         self.dtype = getattr(torch, dtype)
+        tensors = read_tensors(config, weights)
+        self.encoder, self.decoder, self.codebooks = _networks(config, tensors, self.device, self.dtype)
         self.identity = CodecIdentity(
-            config.name, actual, config.sample_rate, config.frame_rate, config.codebooks, config.codebook_size
-        )
-        self.encoder, self.decoder, self.codebooks = _networks(
-            config, read_tensors(config, weights), self.device, self.dtype
+            name=config.name,
+            digest=codes_digest(config, tensors),
+            sample_rate=config.sample_rate,
+            frame_rate=config.frame_rate,
+            codebooks=config.codebooks,
+            codebook_size=config.codebook_size,
         )
         self.fast = self._fast_encoder(threads)
 
@@ -251,8 +257,11 @@ def weights_from_training(config: CodecConfig, state: dict[str, torch.Tensor]) -
     return save({name: value.detach().cpu().clone() for name, value in tensors.items()})
 
 
-def build_networks(config: CodecConfig, norm: str) -> tuple[torch.nn.Module, torch.nn.Module]:
-    """EnCodec's encoder and decoder, newly initialised; `norm` is `weight_norm` to train, `none` to run."""
+def build_networks(
+    config: CodecConfig, norm: str, encoder_norm: str | None = None
+) -> tuple[torch.nn.Module, torch.nn.Module]:
+    """EnCodec's encoder and decoder, newly initialised; `norm` is `weight_norm` to train, `none` to run, and
+    `encoder_norm` the encoder's where that differs."""
     from model.codec_layers import with_cheap_padding
     from model.encodec_package import seanet
 
@@ -262,7 +271,6 @@ def build_networks(config: CodecConfig, norm: str) -> tuple[torch.nn.Module, tor
         n_filters=config.filters,
         n_residual_layers=config.residual_layers,
         ratios=list(config.ratios),
-        norm=norm,
         kernel_size=config.kernel_size,
         last_kernel_size=config.last_kernel_size,
         residual_kernel_size=config.residual_kernel_size,
@@ -272,7 +280,8 @@ def build_networks(config: CodecConfig, norm: str) -> tuple[torch.nn.Module, tor
         compress=config.compress,
         lstm=config.lstm_layers,
     )
-    encoder, decoder = seanet().SEANetEncoder(**sizes), seanet().SEANetDecoder(**sizes)
+    encoder = seanet().SEANetEncoder(**sizes, norm=encoder_norm or norm)
+    decoder = seanet().SEANetDecoder(**sizes, norm=norm)
     return with_cheap_padding(encoder), with_cheap_padding(decoder)
 
 
@@ -296,6 +305,16 @@ def read_tensors(config: CodecConfig, weights: bytes) -> dict[str, torch.Tensor]
         if not torch.isfinite(value).all():
             raise CodecError(f"weights of codec {config.name!r}: {name} has values that are not finite")
     return tensors
+
+
+def codes_digest(config: CodecConfig, tensors: dict[str, torch.Tensor]) -> str:
+    """sha256 of the sizes and of the tensors by name, without the decoder's: those of equal codes."""
+    sizes = {name: value for name, value in config.to_dict().items() if name != "name"}
+    state = hashlib.sha256(json.dumps(sizes, sort_keys=True).encode())
+    for name in sorted(name for name in tensors if not name.startswith("decoder.")):
+        state.update(name.encode())
+        state.update(tensors[name].float().contiguous().numpy().tobytes())
+    return state.hexdigest()
 
 
 def _networks(config, tensors, device, dtype):

@@ -19,7 +19,7 @@ class CodecIdentity:
 
     name: str
     digest: str
-    """sha256 of `model.safetensors`, hexadecimal."""
+    """sha256 of what makes codes, encoder and codebooks, hexadecimal. A decoder may be trained further without it."""
     sample_rate: int
     """Samples a second of the audio that goes in and comes out."""
     frame_rate: float

@@ -52,7 +52,7 @@ def codec_of(config: SynthesizeConfig, files: ModelFiles) -> ResolvedCodec:
     """
     wanted, name = read_card(files.config).codec, config.codec
     if name is None:
-        name = "demo" if wanted.digest == codec_weights.DEMO_DIGEST else wanted.name
+        name = "demo" if wanted.digest == codec_weights.DEMO_CODES else wanted.name
         if name not in codec_weights.NAMES:
             raise CodecError(f"{files.where} speaks codec {name!r}, which has no name here: give its folder by --codec")
     codec = codec_weights.resolve(name, config.codec_weights)
@@ -95,7 +95,7 @@ def plan(config: SynthesizeConfig) -> BulkPlan:
         voices=config.voices and storage.absolute(config.voices),
         device=_device(config.device),
     )
-    settings = config.settings() | {"model": read_card(files.config).fingerprint, "codec": codec.identity.digest}
+    settings = config.settings() | {"model": read_card(files.config).fingerprint, "codec": codec.digest}
     survey = scripts.survey(config.script, config.chunk, settings)
     _claim(config.output, settings)
     return BulkPlan(config, files, codec, settings, survey)

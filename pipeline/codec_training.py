@@ -25,6 +25,7 @@ from infra import allocator, storage, tracking
 from infra.config import option
 from model.codec import CONFIG_FILE, WEIGHTS_FILE
 from model.codec_config import CodecConfig, CodecError
+from pipeline import codec_weights
 from pipeline.speech_pool import Augmentation, SpeechPool
 
 if TYPE_CHECKING:
@@ -63,10 +64,17 @@ class TrainCodecConfig:
     cooldown: float = option(0.3, "share of the steps, at the end, in which the learning rate falls")
     quantise_from: int = option(500, "step at which the codebooks start; 0: from latents of the untrained networks")
     full_depth: float = option(0.5, "share of the utterances that use all codebooks; the others use some of them")
+    first_alone: float = option(0.0, "share of the utterances that use the first codebook alone")
+    start_from: str = option("", "codec whose weights training starts from: demo, encodec_24khz or a folder")
+    decoder_only: bool = option(
+        False, "train the decoder of start_from alone: datasets and models made with its codes stay valid"
+    )
     commitment: float = option(0.1, "pull of the latents towards their codes, as a share of the reconstruction's")
     mel_weight: float = option(1.0, "share of the mel loss in the gradient")
     time_weight: float = option(0.5, "share of the waveform's loss")
     adversarial_from: int = option(0, "step from which the discriminator judges; 0 trains without one")
+    discriminator_filters: int = option(8, "channels of its layers")
+    discriminator_windows: tuple[int, ...] = option((2048, 1024, 512), "samples of its spectrograms' windows")
     augment: bool = option(True, "vary level, speed, bandwidth, noise and room")
     seed: int = option(0, "of weights and batches")
     workers: int = option(1, "Ray Train workers; 1 trains in the job's own process")
@@ -88,6 +96,12 @@ class TrainCodecConfig:
             raise ValueError(f"batch {self.batch} cannot be divided over {self.workers} workers")
         if self.samples < 2 * self.codec().hop:
             raise ValueError(f"segment {self.segment} s is shorter than two frames")
+        if not (self.full_depth >= 0 and self.first_alone >= 0 and self.full_depth + self.first_alone <= 1):
+            raise ValueError(
+                f"full_depth {self.full_depth} and first_alone {self.first_alone} must be shares of one whole"
+            )
+        if self.decoder_only and not self.start_from:
+            raise ValueError("decoder_only needs a codec to start_from")
         if not storage.is_local(self.output):
             raise ValueError(f"output {self.output} must be a local folder or one that all workers have mounted")
 
@@ -122,6 +136,7 @@ def train(config: TrainCodecConfig) -> dict[str, float]:
         CodecError: no usable speech, a checkpoint of another architecture, steps without finite gradients.
         ManifestError: the data cannot be read.
     """
+    starting_weights(config)  # refused now, not after the corpus was read
     make_pools(config)
     if config.workers == 1:
         return train_worker(config, rank=0)
@@ -142,6 +157,23 @@ def train(config: TrainCodecConfig) -> dict[str, float]:
         _ray_worker, train_loop_config={"config": config}, scaling_config=scaling, run_config=run
     ).fit()
     return {name: value for name, value in (result.metrics or {}).items() if isinstance(value, float)}
+
+
+def starting_weights(config: TrainCodecConfig) -> bytes:
+    """Weights of the codec in `start_from`; none where nothing is named.
+
+    Raises:
+        CodecError: it cannot be had, or its sizes are not those of the run; for decoder_only the name must be, too.
+    """
+    if not config.start_from:
+        return b""
+    found, wanted = codec_weights.resolve(config.start_from), config.codec()
+    theirs, ours = found.config.to_dict(), wanted.to_dict()
+    differing = [n for n in ours if theirs[n] != ours[n] and (n != "name" or config.decoder_only)]
+    if differing:
+        told = "; ".join(f"{name} is {theirs[name]}, not {ours[name]}" for name in differing)
+        raise CodecError(f"the codec in start_from {config.start_from} is another than the config's: {told}")
+    return found.weights
 
 
 def _ray_worker(settings: dict[str, Any]) -> None:
@@ -211,6 +243,8 @@ def train_worker(config: TrainCodecConfig, rank: int) -> dict[str, float]:
     trainer = CodecTrainer(config.codec(), config.recipe(), _device(config))
     if storage.exists(storage.join(output, CHECKPOINT)):
         load_checkpoint(trainer, output)
+    elif config.start_from:
+        trainer.start_from(starting_weights(config))
     tracked = config.tracking if rank == 0 else "none"
     known = tracking.known_run(output) if rank == 0 else None
     with tracking.track("codec", config.name, config, {"data": pool.digest}, known, tracked) as run:

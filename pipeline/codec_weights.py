@@ -27,6 +27,8 @@ NAMES = ("encodec_24khz", "demo")
 DEMO_FOLDER = Path(__file__).parent.parent / "model" / "weights" / "codec-demo"
 DEMO_DIGEST = "1c0f33a9fe41659cf58564f01759a7db46e2ad90f060af28862e28e534731aeb"
 """sha256 of the weights in `DEMO_FOLDER`; changes with every retraining."""
+DEMO_CODES = "9f1a95f954e57049a9d83eedcd00c6e83aa87203bebf3e72c7b48d754224670b"
+"""Digest of its identity; stays where the decoder alone was trained."""
 
 
 @dataclass(frozen=True)
@@ -37,9 +39,11 @@ class ResolvedCodec:
     weights: bytes
     """A safetensors file."""
     identity: CodecIdentity
+    digest: str
+    """sha256 of all weights, the decoder's, too."""
 
     def build(self, device: str = "cpu", dtype: str = "float32", threads: int | None = None) -> Codec:
-        return Codec(self.config, self.weights, device, dtype, self.identity.digest, threads)
+        return Codec(self.config, self.weights, device, dtype, self.digest, threads)
 
 
 def resolve(name: str = "encodec_24khz", weights: str | None = None) -> ResolvedCodec:
@@ -66,7 +70,8 @@ def resolve(name: str = "encodec_24khz", weights: str | None = None) -> Resolved
 
 
 def _resolved(config: CodecConfig, weights: bytes, digest: str | None = None) -> ResolvedCodec:
-    return ResolvedCodec(config, weights, Codec(config, weights, digest=digest).identity)
+    codec = Codec(config, weights, digest=digest)
+    return ResolvedCodec(config, weights, codec.identity, codec.digest)
 
 
 def _from_folder(folder: str, digest: str | None) -> ResolvedCodec:

@@ -106,7 +106,7 @@ def plan(config: EvaluateConfig, items: list[Item], rejects: list[Reject]) -> Ev
         tasks[RECONSTRUCTION] = [Task(RECONSTRUCTION, i.id, i.text, i.reference, i.likeness, True) for i in spoken]
     if not tasks:
         raise EvaluationError("nothing to judge: name systems with --systems or --model, or a set with references")
-    bound = [config.recogniser, codec.identity.digest if codec else "", config.codebooks]
+    bound = [config.recogniser, codec.digest if codec else "", config.codebooks]
     chunks = [chunk for system in sorted(tasks) for chunk in _chunks(tasks[system], config.chunk, bound)]
     return Evaluation(config, items, rejects, tuple(chunks), codec, _speed(config))
 

@@ -63,6 +63,10 @@ class ResidualQuantiser(nn.Module):
             residual = residual - centres[nearest]
         self.started.fill_(True)
 
+    def begin(self, level: int, centres: torch.Tensor) -> None:
+        """Sets a codebook to `centres` [size, dimension], as if all were used evenly."""
+        self._set(level, centres.float().to(self.embed.device), torch.full_like(self.counts[level], 1 / len(centres)))
+
     def forward(
         self, latent: torch.Tensor, depths: torch.Tensor, generator: torch.Generator | None = None
     ) -> Quantised:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from model.codec import build_networks, codebook_name, weights_from_training
+from model.codec import build_networks, codebook_name, read_tensors, weights_from_training
 from model.codec_config import CodecConfig, CodecError
 from model.codec_initial import transform_codec, variance_preserving
 from model.codec_training import discriminator as adversary
@@ -44,6 +44,10 @@ class Recipe:
     """The step at which the codebooks start; until then encoder and decoder learn without them."""
     full_depth: float = 0.5
     """Share of utterances that use all codebooks; the others use a random number of them."""
+    first_alone: float = 0.0
+    """Share of utterances that use the first codebook alone, as a language model of one codebook will."""
+    decoder_only: bool = False
+    """Leave encoder and codebooks as they are: what was tokenized, and models of it, stay valid."""
     commitment: float = 0.1
     """Size of the commitment's gradient at the latent, as a share of the reconstruction's. A fixed factor instead lets
     the encoder shrink its latents to please the commitment, and learning stalls."""
@@ -71,11 +75,13 @@ class CodecTrainer:
         self.config, self.recipe, self.device = config, recipe, torch.device(device)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(recipe.seed)
-            encoder, decoder = build_networks(config, norm="weight_norm")
+            # An encoder that stays keeps its weights to the last bit, which a weight norm would not
+            encoder, decoder = build_networks(config, "weight_norm", "none" if recipe.decoder_only else None)
             variance_preserving(encoder, decoder)
-            if recipe.transform_start:
+            if recipe.transform_start and not recipe.decoder_only:
                 transform_codec(encoder, decoder, config)
             judge = adversary.build_discriminator(recipe.discriminator_filters, recipe.discriminator_windows)
+        encoder.requires_grad_(not recipe.decoder_only)
         self.networks = nn.ModuleDict({"encoder": encoder, "decoder": decoder}).to(self.device)
         self.quantiser = ResidualQuantiser(config).to(self.device)
         self.judge = judge.to(self.device)
@@ -88,7 +94,7 @@ class CodecTrainer:
                 "features": recipe.feature_weight,
             }
         )
-        named = list(self.networks.named_parameters())
+        named = [(name, p) for name, p in self.networks.named_parameters() if p.requires_grad]
         groups = [
             {"params": [p for name, p in named if "bias" not in name], "share": 1.0},
             {"params": [p for name, p in named if "bias" in name], "share": recipe.bias_rate},
@@ -109,23 +115,27 @@ class CodecTrainer:
             FloatingPointError: a loss or gradient that is not finite; the weights are as before the step.
         """
         audio = audio.to(self.device).unsqueeze(1)
-        self.networks.train(), self.quantiser.train()
+        self.networks.train(), self.quantiser.train(not self.recipe.decoder_only)
         if self.step_number == self.recipe.quantise_from and not self.quantiser.started:
             self.quantiser.start(self.generator)
-        latent = self.networks["encoder"](audio)
-        quantised = self._quantise(latent)
+        with torch.set_grad_enabled(not self.recipe.decoder_only):
+            latent = self.networks["encoder"](audio)
+            quantised = self._quantise(latent)
         bottleneck = quantised.latent.detach().requires_grad_()
         decoded = self.networks["decoder"](bottleneck)
         losses = {"mel": self.mel(decoded[:, 0], audio[:, 0]), "time": (decoded - audio).abs().mean()}
         logged = {}
         if self.adversarial:
-            logged["discriminator"] = self._step_judge(audio, decoded.detach())
-            losses |= self._judged(audio, decoded)
+            real, fake = self.judge(audio), self.judge(decoded)
+            losses |= {"adversarial": adversary.adversarial_loss(fake), "features": adversary.feature_loss(real, fake)}
         output_gradient = self.balancer.gradient(losses, decoded)
+        if self.adversarial:
+            logged["discriminator"] = self._step_judge(real, fake)
         rate = self._set_rates()
         self.optimiser.zero_grad(set_to_none=True)
         decoded.backward(output_gradient)
-        latent.backward(self._with_commitment(bottleneck.grad, latent, quantised.commitment))
+        if not self.recipe.decoder_only:
+            latent.backward(self._with_commitment(bottleneck.grad, latent, quantised.commitment))
         norm = self._apply(self.networks, self.optimiser, self.recipe.clip)
         self.step_number += 1
         logged |= {name: float(loss.detach()) for name, loss in losses.items()}
@@ -142,6 +152,21 @@ class CodecTrainer:
         for audio in batches:
             self.quantiser.remember(self.networks["encoder"](audio.to(self.device).unsqueeze(1)))
         self.quantiser.start(self.generator)
+
+    def start_from(self, weights: bytes) -> None:
+        """Begins with the networks and codebooks of a codec of the same sizes instead of random ones.
+
+        Raises:
+            CodecError: damaged weights, or of another architecture.
+        """
+        tensors = read_tensors(self.config, weights)
+        try:
+            for level in range(self.config.codebooks):
+                self.quantiser.begin(level, tensors.pop(codebook_name(level)))
+            self.networks.load_state_dict(_with_norms(tensors, self.networks.state_dict()))
+        except (KeyError, RuntimeError) as error:
+            raise CodecError(f"codec {self.config.name!r} cannot start from weights of other sizes: {error}") from None
+        self.quantiser.started.fill_(True)
 
     @property
     def adversarial(self) -> bool:
@@ -175,6 +200,8 @@ class CodecTrainer:
         saved = CodecConfig.from_dict(state["config"])
         if saved != self.config:
             raise CodecError(f"the checkpoint trains another architecture ({saved}) than the config ({self.config})")
+        if state["recipe"].get("decoder_only", False) != self.recipe.decoder_only:
+            raise CodecError("the checkpoint and the recipe differ in decoder_only; choose another output folder")
         self.networks.load_state_dict(state["networks"])
         self.quantiser.load_state_dict(state["quantiser"])
         self.optimiser.load_state_dict(state["optimiser"])
@@ -209,23 +236,18 @@ class CodecTrainer:
     def _draw_depths(self, rows: int) -> torch.Tensor:
         levels = self.config.codebooks
         shallow = torch.randint(1, levels + 1, (rows,), generator=self.generator)
-        full = torch.rand(rows, generator=self.generator) < self.recipe.full_depth
-        return torch.where(full, levels, shallow).to(self.device)
+        drawn = torch.rand(rows, generator=self.generator)
+        shallow[drawn < self.recipe.full_depth] = levels
+        shallow[drawn >= 1 - self.recipe.first_alone] = 1
+        return shallow.to(self.device)
 
-    def _step_judge(self, audio: torch.Tensor, decoded: torch.Tensor) -> float:
-        loss = adversary.discriminator_loss(self.judge(audio), self.judge(decoded))
+    def _step_judge(self, real: adversary.Judgement, fake: adversary.Judgement) -> float:
+        """The discriminator learns from the judgements that the generator is led by: nothing is judged twice."""
+        loss = adversary.discriminator_loss(real, fake)
         self.judge_optimiser.zero_grad(set_to_none=True)
-        loss.backward()
+        loss.backward(inputs=list(self.judge.parameters()))
         self._apply(self.judge, self.judge_optimiser, 10.0)
         return float(loss.detach())
-
-    def _judged(self, audio: torch.Tensor, decoded: torch.Tensor) -> dict[str, torch.Tensor]:
-        self.judge.requires_grad_(False)
-        with torch.no_grad():
-            real = self.judge(audio)
-        fake = self.judge(decoded)
-        self.judge.requires_grad_(True)
-        return {"adversarial": adversary.adversarial_loss(fake), "features": adversary.feature_loss(real, fake)}
 
     def _set_rates(self) -> float:
         share = self.learning_rate(self.step_number)
@@ -242,3 +264,14 @@ class CodecTrainer:
             raise FloatingPointError(f"gradient norm {norm} at step {self.step_number}")
         optimiser.step()
         return norm
+
+
+def _with_norms(tensors: dict[str, torch.Tensor], names: Iterable[str]) -> dict[str, torch.Tensor]:
+    """Plain weights as directions and lengths where `names` have these: what `weights_from_training` multiplied in."""
+    split = dict(tensors)
+    for name in names:
+        if name.endswith("weight_v"):
+            weight = split.pop(name.removesuffix("_v"))
+            lengths = weight.flatten(1).norm(dim=1).view(-1, *[1] * (weight.dim() - 1))
+            split |= {name: weight, name.removesuffix("v") + "g": lengths}
+    return split

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load, save
 
 from model.codec import CONFIG_FILE, WEIGHTS_FILE, Codec
 from model.codec_config import CodecConfig, CodecError, CodecIdentity
@@ -128,7 +129,7 @@ def test_decoded_lengths_and_batch(codec: Codec) -> None:
 
 def test_saved_and_loaded_is_the_same_codec(codec: Codec, tmp_path: Path) -> None:
     codec.save(tmp_path)
-    loaded = Codec.load(tmp_path, digest=codec.identity.digest)
+    loaded = Codec.load(tmp_path, digest=codec.digest)
     assert loaded.identity == codec.identity and loaded.config == codec.config
     assert CodecIdentity.from_dict(json.loads(json.dumps(codec.identity.to_dict()))) == codec.identity
     np.testing.assert_array_equal(loaded.encode([noise(5000)])[0], codec.encode([noise(5000)])[0])
@@ -210,6 +211,13 @@ def test_identities_are_compared(codec: Codec) -> None:
     codec.identity.require(codec.identity, "the dataset")
     with pytest.raises(CodecError, match=r"the dataset belongs to another codec \(digest"):
         codec.identity.require(other, "the dataset")
+    tensors = load(codec.weights)
+    decoder, encoder = (next(name for name in sorted(tensors) if name.startswith(part)) for part in ("decoder", "enc"))
+    speaks_otherwise, hears_otherwise = (
+        Codec(codec.config, save({**tensors, name: tensors[name] + 1})) for name in (decoder, encoder)
+    )
+    codec.identity.require(speaks_otherwise.identity, "the dataset")
+    assert speaks_otherwise.digest != codec.digest and hears_otherwise.identity != codec.identity
     for broken in ({}, {"name": "x"}, codec.identity.to_dict() | {"extra": 1}):
         with pytest.raises(CodecError):
             CodecIdentity.from_dict(broken)

@@ -49,6 +49,14 @@ def run(trainer: CodecTrainer, steps: int) -> list[dict[str, float]]:
     return [trainer.step(speech(trainer.step_number)) for _ in range(steps)]
 
 
+def saved(trainer: CodecTrainer) -> dict:
+    """The trainer's state, written and read again."""
+    file = io.BytesIO()
+    torch.save(trainer.state_dict(), file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
 @pytest.mark.parametrize("config", [TINY, dataclasses.replace(TINY, ratios=(8, 5, 4, 2))])
 def test_networks_can_start_as_a_transform_codec(config: CodecConfig) -> None:
     """Speech passes before anything was learnt, but for what lies above the lowest coefficients."""
@@ -76,10 +84,7 @@ def test_resuming_equals_never_having_stopped(adversarial_from: int) -> None:
     expected = run(whole, 9)
     first, second = CodecTrainer(TINY, recipe), CodecTrainer(TINY, recipe)
     run(first, 6)
-    file = io.BytesIO()
-    torch.save(first.state_dict(), file)
-    file.seek(0)
-    second.load_state_dict(torch.load(file, weights_only=True))
+    second.load_state_dict(saved(first))
     assert run(second, 3) == expected[6:]
     assert second.weights() == whole.weights()
 
@@ -105,6 +110,54 @@ def test_a_few_steps_lower_the_loss_and_the_codec_runs() -> None:
 def test_no_weights_before_the_codebooks() -> None:
     with pytest.raises(CodecError, match="step 4"):
         CodecTrainer(TINY, RECIPE).weights()
+
+
+@pytest.mark.parametrize("adversarial_from", [0, 1])
+def test_a_decoder_learns_while_codes_stay(adversarial_from: int) -> None:
+    """Encoder and codebooks keep every bit, so identities are equal; the decoder gets nearer to the speech."""
+    before = CodecTrainer(TINY, RECIPE)
+    run(before, 6)
+    recipe = dataclasses.replace(
+        RECIPE, decoder_only=True, first_alone=0.5, learning_rate=5e-3, adversarial_from=adversarial_from
+    )
+    after = CodecTrainer(TINY, recipe)
+    after.start_from(before.weights())
+    start = Codec(TINY, after.weights())
+    wave = speech(999, rows=1)[0].numpy()
+    codes = start.encode([wave])
+    np.testing.assert_allclose(start.decode(codes)[0], Codec(TINY, before.weights()).decode(codes)[0], atol=1e-5)
+    losses = [row["mel"] for row in run(after, 40)]
+    end = Codec(TINY, after.weights())
+    np.testing.assert_array_equal(end.encode([wave])[0], codes[0])
+    assert end.identity == start.identity and end.digest != start.digest
+    assert np.mean(losses[-5:]) < 0.9 * np.mean(losses[:5])
+
+
+def test_a_decoder_alone_resumes_and_takes_no_other_checkpoint() -> None:
+    recipe = dataclasses.replace(RECIPE, decoder_only=True)
+    start = CodecTrainer(TINY, RECIPE)
+    run(start, 5)
+    whole, resumed = CodecTrainer(TINY, recipe), CodecTrainer(TINY, recipe)
+    whole.start_from(start.weights())
+    run(whole, 3)
+    resumed.load_state_dict(saved(whole))
+    assert run(resumed, 2) == run(whole, 2) and resumed.weights() == whole.weights()
+    with pytest.raises(CodecError, match="decoder_only"):
+        CodecTrainer(TINY, recipe).load_state_dict(saved(start))
+
+
+def test_training_starts_from_weights_of_its_own_sizes_alone() -> None:
+    start = CodecTrainer(TINY, RECIPE)
+    run(start, 5)
+    again = CodecTrainer(TINY, RECIPE)
+    again.start_from(start.weights())
+    wave = speech(999, rows=1)[0].numpy()
+    expected, actual = (Codec(TINY, trainer.weights()) for trainer in (start, again))
+    codes = expected.encode([wave])
+    np.testing.assert_array_equal(actual.encode([wave])[0], codes[0])
+    np.testing.assert_allclose(actual.decode(codes)[0], expected.decode(codes)[0], atol=1e-5)
+    with pytest.raises(CodecError, match="other sizes"):
+        CodecTrainer(dataclasses.replace(TINY, dimension=4), RECIPE).start_from(start.weights())
 
 
 def test_another_architecture_is_refused() -> None:

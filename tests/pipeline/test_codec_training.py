@@ -58,7 +58,7 @@ def test_cut_off_and_resumed_ends_in_the_same_weights(corpus: Path, tmp_path: Pa
         train(settings(corpus, tmp_path / "cut"))
     train(settings(corpus, tmp_path / "cut"))
     whole, cut = (Codec.load(tmp_path / name / "export") for name in ("whole", "cut"))
-    assert whole.identity == cut.identity
+    assert whole.digest == cut.digest
     assert whole.encode([np.zeros(4000, np.float32)])[0].shape == (2, 50)
 
 
@@ -68,6 +68,18 @@ def test_codebooks_can_start_without_a_step(corpus: Path, tmp_path: Path) -> Non
     wave = 0.2 * np.sin(np.arange(8000) / 20).astype(np.float32)
     assert len(np.unique(codec.encode([wave])[0][0])) > 3
     assert train(settings(corpus, tmp_path, steps=2, quantise_from=0))["mel"] > 0
+
+
+def test_a_decoder_trained_further_keeps_the_codes(corpus: Path, tmp_path: Path) -> None:
+    train(settings(corpus, tmp_path / "first"))
+    made = {"start_from": str(tmp_path / "first" / "export"), "decoder_only": True}
+    train(settings(corpus, tmp_path / "second", **made))
+    first, second = (Codec.load(tmp_path / name / "export") for name in ("first", "second"))
+    assert first.identity == second.identity and first.digest != second.digest
+    for values, says in (({"codebooks": 4}, "codebooks is 2, not 4"), ({"name": "other"}, "name is tiny, not other")):
+        with pytest.raises(CodecError, match=says):
+            train(settings(corpus, tmp_path / "third", **made | values))
+    assert not (tmp_path / "third").exists()
 
 
 def test_pools_leave_out_what_is_held_out_or_unusable(corpus: Path, tmp_path: Path) -> None:
@@ -104,6 +116,8 @@ def test_two_ray_workers_share_one_codec(corpus: Path, tmp_path: Path, local_ray
         ({"segment": 0.001}, "two frames"),
         ({"steps": -1}, "steps"),
         ({"filters": 0}, "filters"),
+        ({"decoder_only": True}, "start_from"),
+        ({"full_depth": 0.7, "first_alone": 0.4}, "one whole"),
         ({"output": "s3://bucket/run"}, "mounted"),
     ],
 )

@@ -11,7 +11,7 @@ import torch
 from model.codec import CONFIG_FILE, WEIGHTS_FILE, Codec, read_config
 from model.codec_config import CodecConfig, CodecError
 from pipeline import codec_weights
-from pipeline.codec_weights import DEMO_DIGEST, DEMO_FOLDER, resolve
+from pipeline.codec_weights import DEMO_CODES, DEMO_DIGEST, DEMO_FOLDER, resolve
 from pipeline.demo_speech import Voices
 from pipeline.demo_voices import speakers
 from pipeline.measures import intelligibility
@@ -19,7 +19,7 @@ from pipeline.measures import intelligibility
 
 def test_the_embedded_codec_codes_speech() -> None:
     found = resolve("demo")
-    assert found.identity.digest == DEMO_DIGEST and found.identity.name == "codec-demo"
+    assert (found.digest, found.identity.digest) == (DEMO_DIGEST, DEMO_CODES) and found.identity.name == "codec-demo"
     assert 4 <= found.identity.codebooks <= 8 and found.identity.frame_rate <= 75
     assert len(found.weights) <= 12_000_000
     speaker, text = speakers(2, engine="hibari")[0], "The old boat sailed slowly past the green island."
