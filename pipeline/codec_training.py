@@ -65,9 +65,9 @@ class TrainCodecConfig:
     quantise_from: int = option(500, "step at which the codebooks start; 0: from latents of the untrained networks")
     full_depth: float = option(0.5, "share of the utterances that use all codebooks; the others use some of them")
     first_alone: float = option(0.0, "share of the utterances that use the first codebook alone")
-    start_from: str = option("", "codec whose weights training starts from: demo, encodec_24khz or a folder")
+    start_from: str = option("", "codec whose sizes and weights training starts from: demo, encodec_24khz or a folder")
     decoder_only: bool = option(
-        False, "train the decoder of start_from alone: datasets and models made with its codes stay valid"
+        False, "train the decoder of start_from alone: its codes, and so datasets and models, stay"
     )
     commitment: float = option(0.1, "pull of the latents towards their codes, as a share of the reconstruction's")
     mel_weight: float = option(1.0, "share of the mel loss in the gradient")
@@ -136,7 +136,7 @@ def train(config: TrainCodecConfig) -> dict[str, float]:
         CodecError: no usable speech, a checkpoint of another architecture, steps without finite gradients.
         ManifestError: the data cannot be read.
     """
-    starting_weights(config)  # refused now, not after the corpus was read
+    config = adopt(config)
     make_pools(config)
     if config.workers == 1:
         return train_worker(config, rank=0)
@@ -159,21 +159,21 @@ def train(config: TrainCodecConfig) -> dict[str, float]:
     return {name: value for name, value in (result.metrics or {}).items() if isinstance(value, float)}
 
 
-def starting_weights(config: TrainCodecConfig) -> bytes:
-    """Weights of the codec in `start_from`; none where nothing is named.
+def adopt(config: TrainCodecConfig) -> TrainCodecConfig:
+    """The settings with the sizes of the codec in `start_from`, and with its name where its codes stay.
 
     Raises:
-        CodecError: it cannot be had, or its sizes are not those of the run; for decoder_only the name must be, too.
+        CodecError: it cannot be had, or has sizes that this job does not train.
     """
     if not config.start_from:
-        return b""
-    found, wanted = codec_weights.resolve(config.start_from), config.codec()
-    theirs, ours = found.config.to_dict(), wanted.to_dict()
-    differing = [n for n in ours if theirs[n] != ours[n] and (n != "name" or config.decoder_only)]
-    if differing:
-        told = "; ".join(f"{name} is {theirs[name]}, not {ours[name]}" for name in differing)
-        raise CodecError(f"the codec in start_from {config.start_from} is another than the config's: {told}")
-    return found.weights
+        return config
+    found = codec_weights.resolve(config.start_from).config
+    settable = {field.name for field in dataclasses.fields(config)} - ({"name"} if not config.decoder_only else set())
+    adopted = dataclasses.replace(config, **{n: v for n, v in vars(found).items() if n in settable})
+    theirs, ours = found.to_dict(), adopted.codec().to_dict() | {"name": found.name}
+    if differing := [f"{name} {theirs[name]}" for name in ours if theirs[name] != ours[name]]:
+        raise CodecError(f"the codec in start_from {config.start_from} cannot be trained here: {', '.join(differing)}")
+    return adopted
 
 
 def _ray_worker(settings: dict[str, Any]) -> None:
@@ -244,7 +244,7 @@ def train_worker(config: TrainCodecConfig, rank: int) -> dict[str, float]:
     if storage.exists(storage.join(output, CHECKPOINT)):
         load_checkpoint(trainer, output)
     elif config.start_from:
-        trainer.start_from(starting_weights(config))
+        trainer.start_from(codec_weights.resolve(config.start_from).weights)
     tracked = config.tracking if rank == 0 else "none"
     known = tracking.known_run(output) if rank == 0 else None
     with tracking.track("codec", config.name, config, {"data": pool.digest}, known, tracked) as run:
@@ -333,10 +333,12 @@ def validate(trainer: CodecTrainer, output: str, run: tracking.Run) -> dict[str,
     decoded = [wave[: len(o)] for wave, o in zip(codec.decode(codes), originals, strict=True)]
     _log_listening(run, originals[:3], decoded[:3], trainer.step_number, codec.config.sample_rate)
     rate = codec.config.sample_rate
-    pairs = list(zip(originals, decoded, strict=True))
     used = measures.perplexity(codes, codec.config.codebook_size)
     result = {f"valid.perplexity.{level}": value for level, value in enumerate(used, 1)}
-    result["valid.mel_distance"] = float(np.mean([measures.mel_distance(o, d, rate) for o, d in pairs]))
+    first = [wave[: len(o)] for wave, o in zip(codec.decode([c[:1] for c in codes]), originals, strict=True)]
+    for name, waves in (("valid.mel_distance", decoded), ("valid.mel_distance.first_codebook", first)):
+        distances = [measures.mel_distance(o, d, rate) for o, d in zip(originals, waves, strict=True)]
+        result[name] = float(np.mean(distances))
     print(f"step {trainer.step_number} " + " ".join(f"{k} {v:.4g}" for k, v in result.items()), flush=True)
     return result
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -72,14 +73,24 @@ def test_codebooks_can_start_without_a_step(corpus: Path, tmp_path: Path) -> Non
 
 def test_a_decoder_trained_further_keeps_the_codes(corpus: Path, tmp_path: Path) -> None:
     train(settings(corpus, tmp_path / "first"))
-    made = {"start_from": str(tmp_path / "first" / "export"), "decoder_only": True}
-    train(settings(corpus, tmp_path / "second", **made))
-    first, second = (Codec.load(tmp_path / name / "export") for name in ("first", "second"))
-    assert first.identity == second.identity and first.digest != second.digest
-    for values, says in (({"codebooks": 4}, "codebooks is 2, not 4"), ({"name": "other"}, "name is tiny, not other")):
-        with pytest.raises(CodecError, match=says):
-            train(settings(corpus, tmp_path / "third", **made | values))
-    assert not (tmp_path / "third").exists()
+    export = tmp_path / "first" / "export"
+    others = {"name": "other", "filters": 8, "codebooks": 4, "start_from": str(export)}
+    train(settings(corpus, tmp_path / "decoder", decoder_only=True, **others))
+    train(settings(corpus, tmp_path / "whole", **others))
+    first, decoder, whole = (Codec.load(tmp_path / name / "export") for name in ("first", "decoder", "whole"))
+    assert first.identity == decoder.identity and first.digest != decoder.digest
+    assert whole.config == dataclasses.replace(first.config, name="other")
+    assert whole.identity.digest != first.identity.digest
+
+
+def test_codecs_of_other_kinds_are_no_start(corpus: Path, tmp_path: Path) -> None:
+    config = dataclasses.replace(settings(corpus, tmp_path).codec(), kernel_size=5)
+    Codec.random(config).save(tmp_path / "wide")
+    with pytest.raises(CodecError, match="kernel_size 5"):
+        train(settings(corpus, tmp_path / "run", start_from=str(tmp_path / "wide")))
+    with pytest.raises(CodecError, match="no codec"):
+        train(settings(corpus, tmp_path / "run", start_from=str(tmp_path / "nothing")))
+    assert not (tmp_path / "run").exists()
 
 
 def test_pools_leave_out_what_is_held_out_or_unusable(corpus: Path, tmp_path: Path) -> None:
