@@ -1,4 +1,4 @@
-"""The whole way on object storage: manifest, audio and dataset in a bucket of a real S3 server on loopback."""
+"""The ways in and out on object storage: what is read and what is written lies in a bucket of a real S3 server."""
 
 import json
 from pathlib import Path
@@ -6,11 +6,15 @@ from pathlib import Path
 import pytest
 
 from infra import storage
+from jobs import synthesize
 from jobs.tokenize import tokenize
 from pipeline import verification
 from pipeline.finalize import read_summary
 from pipeline.tokenize_config import TokenizeConfig
+from pipeline.speech_stage import FOLDER
+from pipeline.synthesize_config import SynthesizeConfig
 from tests.corpora import write_codec, write_corpus
+from tests.pipeline.speaking_model import write_speaker, write_voice
 
 
 @pytest.fixture(scope="module")
@@ -53,3 +57,45 @@ def test_a_bucket_is_tokenized_resumed_and_verified(bucket, tmp_path):
     assert tokenize(local, False, False) == 0
     assert (tmp_path / "tokens/shards/000000.tar").read_bytes() == before, "where things lie does not change the bytes"
     assert json.loads((tmp_path / "tokens/dataset.json").read_text())["digest"] == summary["digest"]
+
+
+def put(folder: Path, url: str) -> None:
+    """Every file below `folder`, under the same name below `url`."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            storage.upload(str(path), f"{url}/{path.relative_to(folder)}")
+
+
+@pytest.mark.usefixtures("ray_that_knows_the_bucket")
+def test_a_script_in_a_bucket_is_said_there_and_goes_on(bucket, tmp_path):
+    local = tmp_path / "say"
+    model, _ = write_speaker(local, ends=1.5)
+    write_voice(local / "voices" / "ann.safetensors", model)
+    rows = [{"id": f"{n}", "text": f"Line number {n}.", "voice": "ann"} for n in range(6)]
+    (local / "lines.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    put(local, f"{bucket}/say")
+
+    def said(where: str, output: str) -> dict[str, bytes]:
+        config = SynthesizeConfig(
+            script=f"{where}/lines.jsonl",
+            voices=f"{where}/voices",
+            model=f"{where}/model",
+            codec=f"{where}/codec",
+            output=output,
+            max_reject_fraction=1.0,
+            tracking="none",
+            device="cpu",
+            retries=0,
+            chunk=2,
+        )
+        assert synthesize.perform(config) == 0
+        names = [name for name in storage.names(output) if name.endswith(".wav")]
+        return {name: storage.read_bytes(f"{output}/{name}") for name in names}
+
+    wanted = said(str(local), str(tmp_path / "wavs"))
+    assert len(wanted) == len(rows) and said(f"{bucket}/say", f"{bucket}/wavs") == wanted
+    storage.remove(f"{bucket}/wavs/{next(iter(wanted))}")
+    for name in storage.names(f"{bucket}/wavs/{FOLDER}"):
+        if name.endswith(".jsonl"):
+            storage.remove(f"{bucket}/wavs/{FOLDER}/{name}")
+    assert said(f"{bucket}/say", f"{bucket}/wavs") == wanted
