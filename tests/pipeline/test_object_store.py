@@ -10,9 +10,9 @@ from jobs import synthesize
 from jobs.tokenize import tokenize
 from pipeline import verification
 from pipeline.finalize import read_summary
-from pipeline.tokenize_config import TokenizeConfig
 from pipeline.speech_stage import FOLDER
 from pipeline.synthesize_config import SynthesizeConfig
+from pipeline.tokenize_config import TokenizeConfig
 from tests.corpora import write_codec, write_corpus
 from tests.pipeline.speaking_model import write_speaker, write_voice
 
