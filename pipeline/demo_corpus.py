@@ -12,6 +12,7 @@ import hashlib
 import io
 import itertools
 import json
+import random
 import re
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -29,6 +30,8 @@ _BLOCK = 12
 _SECONDS_A_CHARACTER, _SECONDS_A_TEXT = 0.058, 0.45
 """What a text takes to say, measured over all voices; only the number of utterances depends on it."""
 _VALID_EVERY = 20
+_LONG = 250
+"""Characters that an utterance is not made longer from; Kokoro says about 500 at a time."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +42,7 @@ class DemoConfig:
     hours: float = option(0.085, "hours of speech")
     speakers: int = option(16, "different voices, one in five of them (at most 12) kept aside as split `heldout`")
     seed: int = option(0, "another seed makes other sentences, blends and habits")
+    texts: int = option(1, "texts of one to three sentences that an utterance is made of, at most")
     engine: str = option("kokoro", "kokoro sounds best; hibari is 10 times faster, one voice in many bodies", ENGINES)
 
     def __post_init__(self) -> None:
@@ -46,11 +50,14 @@ class DemoConfig:
             raise ValueError(f"hours must be above 0, not {self.hours}")
         if not 1 <= self.speakers <= 2000:
             raise ValueError(f"speakers must be 1 to 2000, not {self.speakers}")
+        if not 1 <= self.texts <= 16:
+            raise ValueError(f"texts must be 1 to 16, not {self.texts}")
 
     @property
     def recipe(self) -> dict[str, Any]:
         """What the corpus's bytes depend on."""
-        return {"hours": self.hours, "speakers": self.speakers, "seed": self.seed, "engine": self.engine}
+        longer = {} if self.texts == 1 else {"texts": self.texts}
+        return {"hours": self.hours, "speakers": self.speakers, "seed": self.seed, "engine": self.engine} | longer
 
 
 class Line(NamedTuple):
@@ -67,7 +74,7 @@ def plan(config: DemoConfig) -> Iterator[Line]:
     """Every utterance of the corpus, in order: the speakers take turns, until the estimated duration is reached."""
     voices = speakers(config.speakers, config.seed, config.engine)
     seconds = 0.0
-    for number, text in enumerate(sentences(config.seed)):
+    for number, text in enumerate(utterances(config.seed, config.texts)):
         if seconds >= config.hours * 3600:
             return
         turn, place = divmod(number, len(voices))
@@ -76,6 +83,16 @@ def plan(config: DemoConfig) -> Iterator[Line]:
         valid = speaker.split == "train" and (turn + 7 * place) % _VALID_EVERY == _VALID_EVERY // 2
         yield Line(f"demo-{number:07d}", text, speaker, "valid" if valid else speaker.split)
         seconds += (_SECONDS_A_TEXT + _SECONDS_A_CHARACTER * len(text)) / speaker.speed
+
+
+def utterances(seed: int, most: int) -> Iterator[str]:
+    """Texts without end: each one to `most` of `sentences(seed)`, fewer where they are long."""
+    source, draw = sentences(seed), random.Random(f"utterances of {seed}")
+    for text in source:
+        for _ in range(draw.randrange(most)):
+            if len(text) < _LONG:
+                text += " " + next(source)
+        yield text
 
 
 def make(

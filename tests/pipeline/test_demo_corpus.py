@@ -222,6 +222,18 @@ def config_of(folder: Path, output: Path) -> DemoConfig:
     return DemoConfig(output=str(output), **{name: value for name, value in recipe.items() if name != "beginning"})
 
 
+def test_utterances_may_be_made_of_several_texts() -> None:
+    config = DemoConfig(texts=4, hours=1, seed=3)
+    lines, short = list(plan(config)), list(plan(DemoConfig(hours=1, seed=3)))
+    assert lines[0].text.startswith(short[0].text) and max(len(line.text) for line in lines) < 400
+    said = " ".join(line.text for line in lines)
+    assert said.startswith(" ".join(line.text for line in short[:50])), "nothing is left out, nothing said twice"
+    assert np.mean([len(line.text) for line in lines]) > 2 * np.mean([len(line.text) for line in short])
+    assert "texts" not in DemoConfig().recipe, "corpora made before there was a choice are gone on with"
+    with pytest.raises(ValueError, match="texts"):
+        DemoConfig(texts=0)
+
+
 def test_the_manifest_is_what_the_plan_says(corpus: Path) -> None:
     lines, rows = list(plan(config_of(corpus, corpus))), read(corpus)
     assert [(r["id"], r["text"], r["speaker"], r["split"]) for r in rows] == [
