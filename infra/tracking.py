@@ -39,6 +39,8 @@ _log = logging.getLogger(__name__)
 _PARAM_LENGTH, _TAG_LENGTH, _NAME_LENGTH, _DIGEST_LENGTH = 6000, 8000, 250, 36
 _BATCH = 1000
 _NOTE = "mlflow-run.json"
+OPTION = "MLflow's tracking URI, or none (default: MLFLOW_TRACKING_URI, or sqlite:///mlflow.db)"
+"""What jobs say of their option of this name."""
 
 
 class TrackingError(RuntimeError):

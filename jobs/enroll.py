@@ -80,7 +80,7 @@ def enroll(config: EnrollConfig) -> int:
         config=batch.folder.settings | {"speakers": config.speakers, "output": config.output, "tenant": config.tenant},
         tags={"model": batch.card.fingerprint, "codec": batch.codec.identity.name},
         run_id=tracking.known_run(config.output),
-        tracking="none" if config.tracking == "none" else None,
+        tracking=config.tracking,
     ) as run:
         tracking.remember_run(config.output, run)
         run.log_input(os.path.basename(config.model), batch.card.fingerprint, config.model, context="model")

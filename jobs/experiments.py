@@ -82,7 +82,7 @@ def perform(name: str, config: ExperimentsConfig) -> int:
         name,
         config,
         run_id=tracking.known_run(folder),
-        tracking="none" if config.tracking == "none" else None,
+        tracking=config.tracking,
     ) as run:
         tracking.remember_run(folder, run)
         with _Bars() as bars:

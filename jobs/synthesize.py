@@ -116,7 +116,7 @@ def perform(config: SynthesizeConfig) -> int:
         config=bulk.settings | {"script": config.script, "output": config.output, "voices": config.voices},
         tags={"model": bulk.settings["model"], "codec": bulk.codec.identity.name},
         run_id=tracking.known_run(config.output),
-        tracking="none" if config.tracking == "none" else None,
+        tracking=config.tracking,
     ) as run:
         tracking.remember_run(config.output, run)
         run.log_input(os.path.basename(config.model), bulk.settings["model"], config.model, context="model")

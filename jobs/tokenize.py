@@ -120,7 +120,7 @@ def work(plan: Any, config: TokenizeConfig, codec: Any) -> dict[str, Any]:
         config=identity(config) | {"input": config.input, "output": config.output},
         tags={"plan": plan.digest, "codec": plan.codec["name"], "codec_digest": plan.codec["digest"]},
         run_id=tracking.known_run(config.output),
-        tracking="none" if config.tracking == "none" else None,
+        tracking=config.tracking,
     ) as run:
         tracking.remember_run(config.output, run)
         run.log_input(os.path.basename(config.input), plan.manifest["sha256"], config.input)

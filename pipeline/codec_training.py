@@ -83,7 +83,7 @@ class TrainCodecConfig:
     log_every: int = option(50, "steps between lines of the log")
     save_every: int = option(500, "steps between checkpoints")
     evaluate_every: int = option(1000, "steps between validations with audio and spectrograms")
-    tracking: str = option("", "MLflow's tracking URI, or none; default MLFLOW_TRACKING_URI")
+    tracking: str = option("", tracking.OPTION)
 
     def __post_init__(self) -> None:
         self.codec()

@@ -9,6 +9,7 @@ import re
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
+from infra import tracking
 from infra.config import option
 from pipeline.synthesize_config import DEMO_MODEL
 
@@ -117,7 +118,7 @@ class EnrollConfig(StageConfig):
     sentence: str = option("The quick brown fox jumps over the lazy dog.", "what they say")
     child_runs: bool = option(False, "an MLflow run for each speaker, too")
     max_reject_fraction: float = option(0.05, "exit code 3 if a larger share of the speakers was rejected")
-    tracking: str = option("mlflow", "where runs are recorded", ("mlflow", "none"))
+    tracking: str = option("", tracking.OPTION)
     experiment: str = option("enroll", "MLflow experiment")
 
     def __post_init__(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from infra import tracking
 from infra.config import option
 from pipeline.utterances import Unusable
 
@@ -28,7 +29,7 @@ class EvaluateConfig:
     meta: str | None = option(None, "also write the set as seed-tts-eval's meta.lst, here")
     name: str = option("evaluation", "of the run")
     experiment: str = option("evaluate", "MLflow experiment")
-    tracking: str = option("", "MLflow's tracking URI, or none; default MLFLOW_TRACKING_URI")
+    tracking: str = option("", tracking.OPTION)
 
     def __post_init__(self) -> None:
         if not self.set:

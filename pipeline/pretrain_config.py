@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from infra import storage
+from infra import storage, tracking
 from infra.config import option
 from model.lina_config import PRESETS, LinaConfig, ModelError
 
@@ -61,7 +61,7 @@ class PretrainConfig:
     speak: int = option(3, "validation sentences to say at each validation, where the codec's weights are at hand")
     max_failures: int = option(3, "times that lost workers are started again; -1: always")
     experiment: str = option("pretrain", "MLflow experiment")
-    tracking: str = option("", "MLflow's tracking URI, or none; default MLFLOW_TRACKING_URI")
+    tracking: str = option("", tracking.OPTION)
 
     def __post_init__(self) -> None:
         try:

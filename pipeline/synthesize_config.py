@@ -6,6 +6,7 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
+from infra import tracking
 from infra.config import option
 
 DEMO_MODEL = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "model", "weights", "lina-demo")
@@ -42,7 +43,7 @@ class SynthesizeConfig:
     threads: int = option(1, "CPU threads, and CPUs, of a worker")
     chunk: int = option(128, "lines that a worker takes at a time; what is lost with it")
     max_reject_fraction: float = option(0.05, "exit code 3 if a larger share was rejected or failed every attempt")
-    tracking: str = option("mlflow", "where a script's run is recorded", ("mlflow", "none"))
+    tracking: str = option("", tracking.OPTION)
     experiment: str = option("synthesize", "MLflow experiment")
 
     def __post_init__(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any
 
+from infra import tracking
 from infra.config import option
 
 
@@ -56,7 +57,7 @@ class TokenizeConfig:
     decode_cpus: float = option(0.25, "CPUs that a task reserves that decodes, resamples and phonemises a batch")
     transcribe_actors: int = option(1, "actors that transcribe")
     wave_batches: int = option(10_000, "codec batches handed to Ray Data at a time; bounds the driver's memory")
-    tracking: str = option("mlflow", "where runs are recorded", ("mlflow", "none"))
+    tracking: str = option("", tracking.OPTION)
     experiment: str = option("tokenize", "MLflow experiment")
 
     def __post_init__(self) -> None:

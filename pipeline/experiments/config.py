@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from infra import tracking
 from infra.config import option
 from pipeline.enroll_config import EnrollConfig
 from pipeline.synthesize_config import DEMO_MODEL
@@ -72,7 +73,7 @@ class ExperimentsConfig:
     device: str = option("auto", "where models run", ("auto", "cpu", "cuda"))
     threads: int = option(1, "CPU threads, and CPUs, of a unit of work")
     gpus: float = option(1.0, "GPUs of a unit of work on --device cuda")
-    tracking: str = option("mlflow", "where runs are recorded", ("mlflow", "none"))
+    tracking: str = option("", tracking.OPTION)
     experiment: str = option("experiments", "MLflow experiment")
 
     def __post_init__(self) -> None:

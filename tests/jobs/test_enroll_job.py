@@ -186,7 +186,7 @@ def test_each_speaker_is_handled_for_itself(service, corpus, tmp_path, tracking_
     (tmp_path / "speakers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + "{\n")
     output = tmp_path / "voices"
     asked = config(
-        tmp_path, output, model=str(corpus / "model"), codec=str(corpus / "codec"), tracking="mlflow", child_runs=True
+        tmp_path, output, model=str(corpus / "model"), codec=str(corpus / "codec"), tracking="", child_runs=True
     )
     assert enroll(asked) == 3
     assert "57.1% of the speakers were rejected" in capsys.readouterr().err
