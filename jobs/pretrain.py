@@ -2,7 +2,8 @@
 """Trains a Lina model on token shards with DeepSpeed, through Ray Train, and exports it.
 
     ray job submit jobs/pretrain.py                          # `tiny` on the demo corpus's tokens
-    ray job submit jobs/pretrain.py -- --config infra/configs/pretrain/169m.yaml --data s3://bucket/tokens --workers 64
+    ray job submit jobs/pretrain.py -- --config infra/configs/pretrain/169m.yaml --data s3://bucket/tokens \
+        --output s3://bucket/lina-169m --workers 64
 
 The same command again goes on where the last one was cut off; `ray job stop` writes a checkpoint first. Exit codes:
 0 done, or stopped with a checkpoint; 1 training failed; 2 the command is wrong or the run was refused.

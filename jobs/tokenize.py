@@ -173,7 +173,7 @@ def make_demo_corpus(folder: str) -> None:
             bar.set_postfix_str(f"{seconds / 60:.1f} minutes of speech", refresh=False)
             bar.update(done - bar.n)
 
-        make(DemoConfig(output=folder), on_progress)
+        make(DemoConfig(output=folder, engine="hibari"), on_progress)
 
 
 def describe_plan(plan: Any, codec: dict[str, Any]) -> str:

@@ -114,7 +114,7 @@ def _kernels() -> bool:
     except (ImportError, OSError) as error:  # OSError: a torchaudio built for another CUDA, which its imports reach
         warnings.warn(
             f"flash-linear-attention cannot be imported ({error}): gated linear attention runs on the GPU without "
-            "fused kernels, several times slower; install the extra `train`",
+            "fused kernels, several times slower; install the extra `gpu` (`make install EXTRAS=…,gpu`)",
             stacklevel=2,
         )
         return False
