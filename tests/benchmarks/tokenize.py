@@ -37,6 +37,8 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--codec-weights", help="EnCodec's published weights file; random weights without it")
     arguments = parser.parse_args()
+    if not Path(arguments.manifest).is_file():
+        parser.error(f"there is no {arguments.manifest}: name real speech with --manifest")
     waves = encoding.read_speech(arguments.manifest, arguments.seconds)
     codec = encoding.build_codec(arguments.codec_weights, arguments.device)
     encoding.describe(codec, waves)
