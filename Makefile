@@ -1,4 +1,4 @@
-# make install            the environment: .venv with what jobs and the demo need; for NVIDIA GPUs add EXTRAS=…,train,gpu
+# make install            the environment: .venv with what jobs and the demo need; for NVIDIA GPUs add EXTRAS=…,gpu
 # make demo               the whole chain on a small corpus of its own, from recordings to enrolled voices that speak
 # make serve              speech and voices over HTTP, with a page, on http://127.0.0.1:8000
 # make cluster            a Ray cluster of this machine, on loopback, for `ray job submit`; make cluster-stop ends it

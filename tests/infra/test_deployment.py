@@ -98,7 +98,15 @@ def test_the_image_copies_and_runs_what_is_there(project: Path) -> None:
     copied = [word for line in lines if line.startswith("COPY") for word in line.split()[1:-1] if word[:2] != "--"]
     assert "requirements.lock" in copied and all((project / name).exists() for name in copied)
     targets = re.findall(r"^([a-z-]+):", (project / "Makefile").read_text(), re.MULTILINE)
-    assert "RUN make install" in lines and "install" in targets
+    assert any(line.startswith("RUN make install ") for line in lines) and "install" in targets
+
+
+def test_extras_that_are_installed_exist(project: Path, pins: dict[str, dict[str, Requirement]]) -> None:
+    files = [project / name for name in ("Makefile", "README.md", "ray_cluster.yaml", "infra/docker/Dockerfile")]
+    named = [re.findall(r"EXTRAS ?\??=\s?([a-z,]+)", file.read_text()) for file in files]
+    assert all(named) and {extra for found in named for group in found for extra in group.split(",")} <= set(pins)
+    for file, found in list(zip(files, named, strict=True))[2:]:
+        assert "gpu" in found[0].split(","), f"{file} is for machines with GPUs"
 
 
 def test_the_lock_holds_every_pin_and_nothing_local(project: Path, pins: dict[str, dict[str, Requirement]]) -> None:
@@ -124,7 +132,7 @@ def test_the_readme_names_jobs_options_and_files_that_are_there(project: Path) -
     for link in re.findall(r"\]\(([^):]+)\)", text):
         assert (project / link).exists(), link
     used: dict[str, set[str]] = {}
-    for job, rest in re.findall(r"python (jobs/\w+\.py)([^\n#]*)", text):
+    for job, rest in re.findall(r"(?:python|submit) (jobs/\w+\.py)([^\n#]*)", text):
         used.setdefault(job, set()).update(re.findall(r"--[a-z-]+", rest))
     assert used["jobs/tokenize.py"] >= {"--dry-run", "--retry-quarantined"}
     known: dict[str, set[str]] = {}
