@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -121,6 +122,19 @@ def read_rows(dataset: str, round_: Round, shard: int) -> pa.Table:
     return _row_groups(storage.join(dataset, round_.file)).read_row_group(shard - round_.first_shard)
 
 
+def note_taken_up(dataset: str, file: str, keys: Iterable[str]) -> None:
+    """Notes which rejects a retry round took up. Its own rows do not tell: some were cut into segments, or refused."""
+    storage.write_text(_taken_up_url(dataset, file), "".join(f"{key}\n" for key in sorted(keys)))
+
+
+def taken_up(dataset: str, round_: Round) -> set[str]:
+    """Keys of the rejects that a retry round took up."""
+    url = _taken_up_url(dataset, round_.file)
+    if storage.exists(url):
+        return set(storage.read_text(url).splitlines())
+    return {key for shard in round_.shards for key in read_rows(dataset, round_, shard)["key"].to_pylist()}
+
+
 def shard_digest(rows: pa.Table) -> str:
     """sha256 of a shard's plan rows; independent of how Parquet or Arrow lay them out."""
     import pyarrow as pa
@@ -138,6 +152,10 @@ def shard_digest(rows: pa.Table) -> str:
 
 def round_digest(shard_digests: list[str]) -> str:
     return _sha256(shard_digests)
+
+
+def _taken_up_url(dataset: str, file: str) -> str:
+    return storage.join(dataset, file.replace(".parquet", ".keys"))
 
 
 @functools.lru_cache(maxsize=4)

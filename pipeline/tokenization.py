@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from infra import storage
 from pipeline import codec_weights, lengths, planning, shards
 from pipeline.manifests import Manifest, open_manifest
-from pipeline.plan import Plan, PlanError, differences, read_rows
+from pipeline.plan import Plan, PlanError, differences, note_taken_up, read_rows, taken_up
 from pipeline.stages import Collect, Decode, Encode, Job, Transcribe, Write
 from pipeline.tokenize_config import TokenizeConfig, identity
 from pipeline.utterances import Reject, Unusable, Utterance
@@ -87,7 +87,7 @@ def make_plan(
 
 def add_retry_round(plan: Plan, config: TokenizeConfig, progress: Callable) -> Plan | None:
     """The plan with one more round, of everything in the quarantine that may work now; None if there is nothing."""
-    retried: Counter = Counter()
+    retried: dict[str, str] = {}
     items = lengths.with_lengths(_quarantined(plan, config.output, retried), config, find_speech)
     first = next(items, None)
     if first is None:
@@ -97,7 +97,8 @@ def add_retry_round(plan: Plan, config: TokenizeConfig, progress: Callable) -> P
         _chain(first, items), config, _sizes(plan), file, len(plan.shards), config.output, progress
     )
     plan = dataclasses.replace(plan, rejects=dict(Counter(plan.rejects) + Counter(rejects)))
-    plan = plan.with_round(dataclasses.replace(round_, retried=dict(sorted(retried.items()))))
+    note_taken_up(config.output, file, retried)
+    plan = plan.with_round(dataclasses.replace(round_, retried=dict(sorted(Counter(retried.values()).items()))))
     plan.save(config.output)
     return plan
 
@@ -189,23 +190,26 @@ def _sizes(plan: Plan) -> planning.Sizes:
     return planning.Sizes(plan.codec["frame_rate"] * codebooks * 2, plan.audio_base)
 
 
-def _quarantined(plan: Plan, dataset: str, retried: Counter) -> Iterator[Utterance]:
-    """Rejects of finished shards as utterances; those that a later round has already taken up are left to it."""
+def _quarantined(plan: Plan, dataset: str, retried: dict[str, str]) -> Iterator[Utterance]:
+    """Rejects of finished shards as utterances; those that a later round has already taken up are left to it.
+
+    Args:
+        retried: receives the key of each, and its `stage/reason`.
+    """
     taken: set[str] = set()
     for round_ in reversed(plan.rounds):
         for shard in round_.shards:
             lines = storage.read_text(shards.quarantine_url(dataset, shard)).splitlines()
             rejects = {r["key"]: f"{r['stage']}/{r['reason']}" for r in map(json.loads, lines)}
             wanted = {key for key, why in rejects.items() if key not in taken and why not in NEVER_RETRIED}
-            rows = read_rows(dataset, round_, shard).to_pylist() if wanted else []
-            for row in rows:
+            for row in read_rows(dataset, round_, shard).to_pylist() if wanted else ():
                 if row["key"] in wanted:
-                    retried[rejects[row["key"]]] += 1
+                    retried[row["key"]] = rejects[row["key"]]
                     row["audio"] = storage.relative_to(plan.audio_base, row["audio"])
                     row["extra"] = json.loads(row["extra"] or "{}")
                     yield Utterance(**{name: row[name] for name in Utterance._fields})
-            if round_ is not plan.rounds[0]:
-                taken.update(row["key"] for row in read_rows(dataset, round_, shard).to_pylist())
+        if round_ is not plan.rounds[0]:
+            taken |= taken_up(dataset, round_)
 
 
 def _chain(first: Utterance | Reject, rest: Iterator[Utterance | Reject]) -> Iterator[Utterance | Reject]:

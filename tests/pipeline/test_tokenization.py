@@ -178,6 +178,8 @@ def test_rejects_are_tried_again_and_only_they(tmp_path, codec):
     summary = read_summary(config.output)
     assert (summary["utterances"], summary["rejects"]) == (30, {"plan/too-long": 1})
     assert faults_of(tmp_path / "tokens") == []
+    assert tokenize(config, False, True) == 0
+    assert read_summary(config.output) == summary, "what planning refused is not taken up twice"
 
 
 def test_copies_are_found_by_their_audio_and_text(tmp_path, codec):
@@ -211,12 +213,32 @@ def test_every_kind_of_bad_input_is_in_the_quarantine_with_its_reason(tmp_path, 
     assert tokenize(dataclasses.replace(config, max_reject_fraction=1.0), False, False) == 0
 
 
-def test_recordings_without_text_are_cut_heard_or_kept(tmp_path, codec, shared_data):
-    """A recording of over a minute, made of real speech: quarantined, kept in segments, or transcribed."""
+def write_long_recording(path, shared_data):
+    """Over a minute of real speech with pauses."""
     pieces = [soundfile.read(path)[0] for path in sorted((shared_data / "librispeech-test-other/audio").iterdir())[:8]]
     silence = np.zeros(12_000)
     long = np.concatenate([part for piece in pieces for part in (piece, silence)])
-    soundfile.write(tmp_path / "long.flac", long, 16_000)
+    soundfile.write(path, long, 16_000)
+    return long
+
+
+def test_segments_of_a_retried_recording_are_not_taken_up_again(tmp_path, codec, shared_data):
+    manifest = tmp_path / "manifest.csv"
+    manifest.write_text("id,audio,speaker\nbook,long.flac,reader\n")
+    config = config_of(manifest, tmp_path / "tokens", codec, keep_untranscribed=True, max_reject_fraction=1.0)
+    assert tokenize(config, False, False) == 0
+    assert read_summary(config.output)["rejects"] == {"decode/missing-file": 1}
+    write_long_recording(tmp_path / "long.flac", shared_data)
+    assert tokenize(config, False, True) == 0
+    summary = read_summary(config.output)
+    assert summary["samples"] == summary["utterances"] >= 6 and summary["rejects"] == {}
+    assert tokenize(config, False, True) == 0
+    assert read_summary(config.output) == summary
+
+
+def test_recordings_without_text_are_cut_heard_or_kept(tmp_path, codec, shared_data):
+    """A recording of over a minute, made of real speech: quarantined, kept in segments, or transcribed."""
+    long = write_long_recording(tmp_path / "long.flac", shared_data)
     manifest = tmp_path / "manifest.csv"
     manifest.write_text("audio,speaker\nlong.flac,reader\n")
     assert len(long) > 60 * 16_000
