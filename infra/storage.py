@@ -10,16 +10,20 @@ from __future__ import annotations
 import os
 import posixpath
 import shutil
+import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO, TypeVar
 
 if TYPE_CHECKING:
     import fsspec
 
 _TEMPORARY = ".part-"
+_PAUSES = (1.0, 4.0)
+"""Seconds before what failed is tried again."""
+Result = TypeVar("Result")
 
 
 def cache_folder() -> Path:
@@ -61,6 +65,16 @@ def exists(url: str) -> bool:
         return os.path.exists(absolute(url))
     fs, path = filesystem(url)
     return fs.exists(path)
+
+
+def patiently(read: Callable[[], Result]) -> Result:
+    """What `read` gives, which is called again when the storage fails. Raises OSError: it failed three times."""
+    for pause in _PAUSES:
+        try:
+            return read()
+        except OSError:
+            time.sleep(pause)
+    return read()
 
 
 def read_bytes(url: str) -> bytes:

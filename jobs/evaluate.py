@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Judges systems on the same set of texts: word errors, likeness of the voice, predicted opinion, with intervals.
 
-    python jobs/evaluate.py --set set.jsonl --model out/pretrain/export --voices voices/ --codec demo
+    python jobs/evaluate.py --set set.jsonl --model out/pretrain/export --voices voices/shared --codec demo
     ray job submit -- python jobs/evaluate.py --set meta.lst --systems ours=wavs/,theirs=other/ --output out/evaluation
 
 Recordings are named by the items' ids; one that is missing counts as all its words wrong. References of the set and,

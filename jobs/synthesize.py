@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Says a text, or every line of a script, in the voices that they ask for.
 
-    python jobs/synthesize.py --text "Good morning." --voice voices/ann.safetensors --out morning.wav
-    ray job submit -- python jobs/synthesize.py --script lines.jsonl --voices voices/ --output wavs/
+    python jobs/synthesize.py --text "Good morning." --voice voices/shared/ann.safetensors --out morning.wav
+    ray job submit -- python jobs/synthesize.py --script lines.jsonl --voices voices/shared --output wavs/
 
 A script is JSONL with id, voice and text. The same command again makes only what is missing. Files are WAV, FLAC or
 Opus and say of themselves that they are synthetic, by which model, and in whose voice.

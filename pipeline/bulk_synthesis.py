@@ -26,7 +26,7 @@ from infra import storage
 from model.checkpoint import read_card
 from model.codec_config import CodecError
 from model.sampling import Policy
-from pipeline import codec_weights, scripts
+from pipeline import codec_weights, json_lines, scripts
 from pipeline.plan import PlanError, differences
 from pipeline.speech_stage import FOLDER, Speak, SynthesisError, Work
 from pipeline.synthesis import ModelFiles, read_model
@@ -138,18 +138,16 @@ def finish(bulk: BulkPlan) -> dict[str, Any]:
         with manifest.open("w", encoding="utf-8") as made, quarantine.open("w", encoding="utf-8") as bad:
             for part in scripts.read(bulk.config.script, bulk.config.chunk, bulk.settings):
                 if isinstance(part, Reject):
-                    bad.write(json.dumps(part._asdict(), ensure_ascii=False) + "\n")
+                    bad.write(json_lines.line(part._asdict()))
                     continue
-                content = storage.read_text(storage.join(output, FOLDER, f"{part.name}.jsonl"))
-                for line in content.splitlines():
-                    row = json.loads(line)
+                for row in json_lines.read(storage.join(output, FOLDER, f"{part.name}.jsonl")):
                     if "reason" in row:
                         rejects[f"{row['stage']}/{row['reason']}"] += 1
                     else:
                         total.update(spoken=1, failed=bool(row["faults"]), **{n: row[n] for n in _SUMS})
                         faults.update(row["faults"])
                         folders.add(row["file"].rpartition("/")[0])
-                    (bad if "reason" in row else made).write(line + "\n")
+                    (bad if "reason" in row else made).write(json_lines.line(row))
         for name in names:
             storage.upload(str(Path(folder, name)), storage.join(output, name))
     summary = {

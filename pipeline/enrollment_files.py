@@ -15,6 +15,7 @@ from typing import Any
 
 from infra import storage
 from model.voice_file import LARGEST_HEADER, SUFFIX, VoiceError, read_record
+from pipeline import json_lines
 from pipeline.plan import PlanError, differences
 from pipeline.speakers import Speaker
 from pipeline.utterances import Reject, Unusable
@@ -73,8 +74,7 @@ class VoiceFolder:
     def write(self, speaker: Speaker, voice: bytes, row: dict[str, Any], rejects: list[Reject]) -> dict[str, Any]:
         """Keeps a voice; the voice itself goes last. Returns the note."""
         note = {"row": row, "rejects": [reject._asdict() for reject in rejects]}
-        text = json.dumps(note, ensure_ascii=False) + "\n"
-        storage.write_text(storage.join(self.output, FOLDER, self.tenant, f"{speaker.key}.json"), text)
+        json_lines.write(storage.join(self.output, FOLDER, self.tenant, f"{speaker.key}.json"), [note])
         storage.write_bytes(self.voice_url(speaker.key), voice)
         return note
 

@@ -13,7 +13,12 @@ from pipeline.utterances import Unusable
 class EvaluateConfig:
     """A set that systems say, and how they are judged."""
 
-    set: str = option("", "JSONL with id, text and what else there is, or seed-tts-eval's .lst; any fsspec URL")
+    set: str = option(
+        "",
+        "JSONL with id, text and, if any, voice (a name in --voices), prompt and prompt_text (a recording that the "
+        "voice is compared with, and its words), reference (the text said by a person); paths relative to the file; "
+        "or seed-tts-eval's .lst; any fsspec URL",
+    )
     systems: tuple[str, ...] = option((), "`name=folder` of recordings named by the items' ids")
     model: str | None = option(None, "folder of an exported model, which says the set first, as a system of its own")
     voices: str | None = option(None, "folder of the voices that items name, for --model")

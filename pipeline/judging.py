@@ -8,7 +8,7 @@ import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from infra import storage
-from pipeline import measures
+from pipeline import json_lines, measures
 from pipeline.evaluation import voice_of
 from pipeline.utterances import Unusable
 
@@ -68,26 +68,37 @@ class Judge:
         self.print_of = functools.lru_cache(maxsize=512)(self._print_of)
 
     def __call__(self, table):
-        """`table` has a column chunk, of `Chunk` as JSON; gives a column rows, the judgements."""
+        """`table` has a column chunk, of `Chunk` as JSON; gives the columns rows, the judgements, and lost: why there
+        are none."""
         import pyarrow as pa
 
-        rows = [json.dumps(self.judged(json.loads(chunk))) for chunk in table["chunk"].to_pylist()]
-        return pa.table({"rows": pa.array(rows, pa.large_string())})
+        rows, lost = [], []
+        for chunk in table["chunk"].to_pylist():
+            try:
+                rows.append(json.dumps(self.judged(json.loads(chunk))))
+                lost.append(None)
+            except OSError as error:
+                rows.append(None)
+                lost.append(str(error))
+        return pa.table({"rows": pa.array(rows, pa.large_string()), "lost": pa.array(lost, pa.large_string())})
 
     def judged(self, chunk: Any) -> list[dict[str, Any]]:
-        """Judgements of a chunk, written; in its order."""
+        """Judgements of a chunk, written; in its order. Raises OSError: the storage failed, and nothing is written."""
         name, rows = chunk[0], [self.judge(Task(*task)) for task in chunk[1]]
-        content = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        storage.write_text(storage.join(self.output, FOLDER, f"{name}.jsonl"), content)
+        json_lines.write(storage.join(self.output, FOLDER, f"{name}.jsonl"), rows)
         return rows
 
     def judge(self, task: Task) -> dict[str, Any]:
         """One judgement: words, errors, likeness, mos, dnsmos, seconds; or why there is no recording, and all words
-        and characters as errors."""
+        and characters as errors.
+
+        Raises:
+            OSError: the storage failed, which says nothing of the recording.
+        """
         row: dict[str, Any] = {"system": task.system, "id": task.id, "text": task.text}
         try:
             samples, rate = self._recording(task)
-        except (Unusable, OSError) as error:
+        except Unusable as error:
             nothing = measures.count_errors(task.text, "")
             return row | nothing._asdict() | {"missing": str(error), "likeness": 0.0 if task.likeness else None}
         heard = self.recognise(samples, rate)
@@ -121,16 +132,17 @@ class Judge:
         return 0.0 if found is None else measures.similarity(asked, found)
 
     def _print_of(self, url: str) -> np.ndarray | None:
+        """Raises OSError."""
         try:
             return voice_of(*_read(url))
-        except (Unusable, OSError):
+        except Unusable:
             return None
 
 
 def _read(url: str) -> tuple[np.ndarray, int]:
     from pipeline.audio import read_segment
 
-    samples, rate = read_segment(url, max_seconds=LONGEST)
+    samples, rate = storage.patiently(lambda: read_segment(url, max_seconds=LONGEST))
     if not len(samples):
         raise Unusable("empty", f"{url} holds no sample")
     return samples, rate

@@ -12,9 +12,11 @@ from typing import Any
 from infra import storage
 from model.lina_config import ModelError
 from model.sampling import Policy
+from pipeline import json_lines
 from pipeline.codec_weights import ResolvedCodec
 from pipeline.keys import key_of
 from pipeline.scripts import Chunk, ScriptLine
+from pipeline.speakers import file_key
 from pipeline.speaking_voices import read_voice
 from pipeline.speech_files import Provenance, SpeechFileError, decode, encode
 from pipeline.speech_lines import Line, Spoken, Voice, derived
@@ -96,8 +98,7 @@ class Speak:
         for number, spoken in self.synthesizer.speak(self._lines(chunk, rows)):
             rows[number] = self._written(chunk.lines[number], spoken)
         ordered = [rows[number] for number in range(len(chunk.lines))]
-        content = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ordered)
-        storage.write_text(storage.join(self.work.config.output, FOLDER, f"{chunk.name}.jsonl"), content)
+        json_lines.write(storage.join(self.work.config.output, FOLDER, f"{chunk.name}.jsonl"), ordered)
         return ordered
 
     def _lines(self, chunk: Chunk, rows: dict[int, dict[str, Any]]) -> Iterator[tuple[int, Line]]:
@@ -120,12 +121,15 @@ class Speak:
         if not self.work.config.voices:
             raise Unusable("no-voices", f"voice {name!r} is asked for, but no folder of voices was named by --voices")
         try:
-            key_of(name)  # refuses what would leave the folder
+            # The first refuses what would leave the folder; enrolled voices lie under the others.
+            keys = dict.fromkeys((name, key_of(name), file_key(name)))
         except Unusable as error:
             raise Unusable("bad-voice", f"voice {error.detail}") from None
-        url = storage.join(self.work.config.voices, f"{name}.safetensors")
-        if not storage.exists(url):
-            raise Unusable("unknown-voice", f"{self.work.config.voices} has no {name}.safetensors")
+        urls = (storage.join(self.work.config.voices, f"{key}.safetensors") for key in keys)
+        url = next((url for url in urls if storage.exists(url)), None)
+        if url is None:
+            files = " or ".join(f"{key}.safetensors" for key in keys)
+            raise Unusable("unknown-voice", f"{self.work.config.voices} has no {files}")
         try:
             return read_voice(url, self.synthesizer.card, name)
         except ModelError as error:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -25,7 +24,7 @@ import pyarrow as pa
 from infra import storage
 from pipeline.plan import Round, read_rows, shard_digest
 from pipeline.shards import Sample, write_shard
-from pipeline.tokenize_config import TokenizeConfig
+from pipeline.tokenize_config import TokenizeConfig, signal_limits
 from pipeline.utterances import Unusable
 
 
@@ -81,13 +80,10 @@ class Decode:
 
     def decoded(self, row: dict[str, Any]) -> dict[str, Any]:
         """What is known of a row of a plan after this stage: fields of `DECODED`, a reject's among them."""
-        from pipeline.audio import SignalLimits, clean_audio
+        from pipeline.audio import clean_audio
 
         config = self.job.config
         rate = self.job.codec["sample_rate"]
-        limits = SignalLimits(
-            min_seconds=config.min_seconds, min_dbfs=config.min_loudness_db, max_clipped=config.max_clipped_fraction
-        )
         read = partial(
             clean_audio,
             storage.relative_to(self.job.audio_base, row["audio"]),
@@ -96,12 +92,14 @@ class Decode:
             target_rate=rate,
             max_seconds=config.max_seconds,
             channel=row["channel"],
-            limits=limits,
+            limits=signal_limits(vars(config)),
         )
         try:
-            wave = _patiently(read)
+            wave = storage.patiently(read)
         except Unusable as error:
             return _reject("decode", error)
+        except OSError as error:  # rejected, and can be retried from the quarantine
+            return _reject("decode", Unusable("storage-error", f"the storage failed three times: {error}"))
         found = {
             "text": row["text"],
             "audio": wave.tobytes(),
@@ -234,13 +232,14 @@ class Write:
 
     def _sample(self, planned: dict[str, Any], row: dict[str, Any]) -> Sample:
         codebooks = min(self.job.config.codebooks, self.job.codec["codebooks"])
+        channel = {} if planned["channel"] is None else {"channel": planned["channel"]}
         meta = {
             "id": planned["id"],
             "text": row["text"],
             "speaker": planned["speaker"],
             "language": planned["language"],
             "seconds": round(row["samples"] / self.job.codec["sample_rate"], 6),
-            "source": {name: planned[name] for name in ("audio", "start", "duration")},
+            "source": {name: planned[name] for name in ("audio", "start", "duration")} | channel,
             "extra": json.loads(planned["extra"] or "{}"),
         }
         codes = np.frombuffer(row["codes"], dtype=np.uint16).reshape(codebooks, -1)
@@ -266,18 +265,6 @@ def _check_rate(what: str, count: int, seconds: float, least: float, most: float
     if not least <= count / seconds <= most:
         detail = f"{count} {what} in {seconds:.2f} s are {count / seconds:.1f} a second, outside {least:g} to {most:g}"
         raise Unusable(f"{what}-per-second", f"{detail}: the text is not that of the audio")
-
-
-def _patiently(read: Callable[[], np.ndarray]) -> np.ndarray:
-    """Reads again when the storage fails; what fails for good is rejected, and can be retried from the quarantine."""
-    for pause in (1.0, 4.0, None):
-        try:
-            return read()
-        except OSError as error:
-            if pause is None:
-                raise Unusable("storage-error", f"the storage failed three times: {error}") from None
-            time.sleep(pause)
-    raise AssertionError("unreachable")
 
 
 def _digest(wave: np.ndarray, text: str | None) -> str:

@@ -4,12 +4,13 @@
     <output>/speech/                       what --model said (`pipeline.bulk_synthesis`)
     <output>/scores.jsonl, figures.json, report.md, report.png       when everything is judged
 
-A chunk's name has a digest of all that its judgements depend on, the recordings' sizes and times among it: the same
-command again judges what is new.
+A chunk's name has a digest of all that its judgements depend on, sizes and times of the recordings and of those that
+their voices are compared with among it: the same command again judges what is new.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import time
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from infra import storage
-from pipeline import evaluation_sets
+from pipeline import evaluation_sets, json_lines
 from pipeline.evaluate_config import MODEL, RECONSTRUCTION, REFERENCE, EvaluateConfig
 from pipeline.evaluation import Row, interval, table
 from pipeline.evaluation_sets import Item
@@ -69,11 +70,10 @@ def say(config: EvaluateConfig, items: Sequence[Item]) -> None:
 
     output = storage.join(config.output, "speech")
     script = storage.join(config.output, "script.jsonl")
-    lines = [json.dumps({"id": i.id, "voice": i.voice, "text": i.text}, ensure_ascii=False) + "\n" for i in items]
-    storage.write_text(script, "".join(lines))
-    bulk = bulk_synthesis.plan(
-        SynthesizeConfig(script=script, output=output, model=config.model, voices=config.voices, seed=config.seed)
-    )
+    json_lines.write(script, ({"id": i.id, "voice": i.voice, "text": i.text} for i in items))
+    codec, weights = _spoken_codec(config)
+    how = {"voices": config.voices, "seed": config.seed, "codec": codec, "codec_weights": weights}
+    bulk = bulk_synthesis.plan(SynthesizeConfig(script=script, output=output, model=config.model, **how))
     seconds, start = 0.0, time.monotonic()
 
     def on_rows(rows: list[dict[str, Any]]) -> None:
@@ -107,7 +107,8 @@ def plan(config: EvaluateConfig, items: list[Item], rejects: list[Reject]) -> Ev
     if not tasks:
         raise EvaluationError("nothing to judge: name systems with --systems or --model, or a set with references")
     bound = [config.recogniser, codec.digest if codec else "", config.codebooks]
-    chunks = [chunk for system in sorted(tasks) for chunk in _chunks(tasks[system], config.chunk, bound)]
+    version = functools.cache(_version)  # one prompt serves many
+    chunks = [chunk for system in sorted(tasks) for chunk in _chunks(tasks[system], config.chunk, bound, version)]
     return Evaluation(config, items, rejects, tuple(chunks), codec, _speed(config))
 
 
@@ -129,6 +130,7 @@ def run(evaluation: Evaluation, on_rows: Callable[[list[dict[str, Any]]], None])
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     codec = ray.put((evaluation.codec, evaluation.config.codebooks)) if evaluation.codec else None
+    reason = ""
     for _ in range(ATTEMPTS):
         if not (missing := evaluation.missing()):
             return
@@ -143,25 +145,28 @@ def run(evaluation: Evaluation, on_rows: Callable[[list[dict[str, Any]]], None])
             compute=ray.data.ActorPoolStrategy(min_size=1, max_size=most, initial_size=most),
         )
         for block in judged.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-            for rows in block["rows"].to_pylist():
-                on_rows(json.loads(rows))
+            for rows, lost in zip(*(block[name].to_pylist() for name in ("rows", "lost")), strict=True):
+                if rows is None:
+                    reason = lost
+                else:
+                    on_rows(json.loads(rows))
     if missing := evaluation.missing():
-        raise EvaluationError(f"{len(missing)} chunks were lost {ATTEMPTS} times over: look into the workers' logs")
+        raise EvaluationError(
+            f"{len(missing)} chunks were lost {ATTEMPTS} times over, and the same command again takes them up: "
+            + (f"the storage failed, last with: {reason}" if reason else "look into the workers' logs")
+        )
 
 
 def finish(evaluation: Evaluation) -> tuple[list[Row], list[dict[str, Any]]]:
     """Writes scores, figures and the report of a set that is all judged; returns the figures and the judgements."""
     output, scores = evaluation.config.output, []
     for chunk in evaluation.chunks:
-        content = storage.read_text(storage.join(output, FOLDER, f"{chunk.name}.jsonl"))
-        scores += [json.loads(line) for line in content.splitlines()]
+        scores += json_lines.read(storage.join(output, FOLDER, f"{chunk.name}.jsonl"))
     systems = list(dict.fromkeys(row["system"] for row in scores))
     order = [name for name in (REFERENCE, RECONSTRUCTION) if name in systems]
     order += [name for name in systems if name not in order]
     rows = [figures(name, [s for s in scores if s["system"] == name], evaluation.speed.get(name)) for name in order]
-    storage.write_text(
-        storage.join(output, "scores.jsonl"), "".join(json.dumps(s, ensure_ascii=False) + "\n" for s in scores)
-    )
+    json_lines.write(storage.join(output, "scores.jsonl"), scores)
     flat = {name: value for row in rows for name, value in row.metrics().items()}
     storage.write_text(storage.join(output, "figures.json"), json.dumps(flat, indent=2) + "\n")
     storage.write_text(storage.join(output, "report.md"), report(evaluation, rows, scores))
@@ -209,7 +214,8 @@ def report(evaluation: Evaluation, rows: Sequence[Row], scores: Sequence[dict[st
         lines += [
             f"- {s['id']}, {s['word_errors']} of {s['words']} words: “{s['text']}” → “{s['heard']}”" for s in worst
         ]
-    return "\n".join(lines) + "\n"
+    # Half a pair of surrogates can stand in JSON, and in no file of text.
+    return ("\n".join(lines) + "\n").encode("utf-8", "replace").decode()
 
 
 def missing_fraction(scores: Sequence[dict[str, Any]]) -> float:
@@ -217,6 +223,23 @@ def missing_fraction(scores: Sequence[dict[str, Any]]) -> float:
     systems = {s["system"] for s in scores}
     shares = [[float("missing" in s) for s in scores if s["system"] == name] for name in systems]
     return max((sum(share) / len(share) for share in shares), default=0.0)
+
+
+def _spoken_codec(config: EvaluateConfig) -> tuple[str | None, str | None]:
+    """(codec, its weights) of what --model says: --codec where that is the model's own, or else the model's by name.
+
+    Raises:
+        ModelError, CodecError: one of them cannot be had.
+    """
+    from model.checkpoint import read_card
+    from pipeline import codec_weights
+    from pipeline.synthesis import read_model
+
+    if not config.codec:
+        return None, config.codec_weights
+    found = codec_weights.resolve(config.codec, config.codec_weights)
+    wanted = read_card(read_model(config.model).config).codec
+    return (config.codec, config.codec_weights) if found.identity == wanted else (None, None)
 
 
 def _recorded(system: str, folder: str, items: Sequence[Item]) -> Iterator[Task]:
@@ -231,10 +254,10 @@ def _recorded(system: str, folder: str, items: Sequence[Item]) -> Iterator[Task]
         yield Task(system, item.id, item.text, storage.absolute(place) if place else "", item.likeness)
 
 
-def _chunks(tasks: list[Task], size: int, bound: list[Any]) -> Iterator[Chunk]:
+def _chunks(tasks: list[Task], size: int, bound: list[Any], version: Callable[[str], list[str]]) -> Iterator[Chunk]:
     for number in range(0, len(tasks), size):
         part = tuple(tasks[number : number + size])
-        state = [bound, part, [_version(task.recording) for task in part]]
+        state = [bound, part, [[version(task.recording), version(task.likeness)] for task in part]]
         digest = hashlib.sha256(json.dumps(state).encode()).hexdigest()[:16]
         yield Chunk(f"{part[0].system}-{number // size:05d}-{digest}", part)
 
@@ -263,5 +286,10 @@ def read_set(config: EvaluateConfig) -> tuple[list[Item], list[Reject]]:
     """The set; and its lines as meta.lst where that is asked for. Raises EvaluationError."""
     items, rejects = evaluation_sets.read(config.set)
     if config.meta:
-        storage.write_text(config.meta, "".join(evaluation_sets.meta_lines(items)))
+        try:
+            storage.write_text(config.meta, "".join(evaluation_sets.meta_lines(items)))
+        except UnicodeEncodeError as error:
+            raise EvaluationError(
+                f"{config.set} has text that is not valid Unicode, as {config.meta} is: {error}"
+            ) from None
     return items, rejects

@@ -8,7 +8,12 @@ import sys
 
 import pytest
 
-from pipeline.system_evaluation import figures
+from model.codec_config import CodecError
+from pipeline.evaluate_config import EvaluateConfig
+from pipeline.evaluation_sets import Item
+from pipeline.measures import EvaluationError
+from pipeline.system_evaluation import figures, finish, plan, read_set, say
+from tests.pipeline.speaking_model import write_speaker
 
 
 def typed(project, folder, *words):
@@ -60,6 +65,42 @@ def test_real_recordings_beside_their_codec_and_a_system_that_lacks_one(project,
     assert "| copy | 100.0" in done.stdout
     after = {file.name: file.stat().st_mtime_ns for file in (tmp_path / "out/.scores").iterdir()}
     assert judged.items() <= after.items() and len(after) == len(judged) + 1
+
+
+def test_a_model_speaks_through_the_codec_that_is_its_own(local_ray, tmp_path):
+    model, codec = write_speaker(tmp_path, ends=1.5)
+    items = [Item("a", "Good\u2028morning."), Item("b", "Rain \ud800.")]
+
+    def config(**changes) -> EvaluateConfig:
+        return EvaluateConfig(set="set.jsonl", model=model, output=str(tmp_path / "out"), **changes)
+
+    for other in ({}, {"codec": "demo"}):  # a codec without a name, which no other can stand in for
+        with pytest.raises(CodecError, match="give its folder by --codec"):
+            say(config(**other), items)
+    with pytest.raises(CodecError, match=r"--codec-weights .*none\.th"):
+        say(config(codec="encodec_24khz", codec_weights=str(tmp_path / "none.th")), items)
+    say(config(codec=codec), items)
+    said = [json.loads(line) for line in (tmp_path / "out/speech/manifest.jsonl").read_text().splitlines()]
+    assert said[0]["id"] == "a" and said[0]["text"] == items[0].text
+
+
+def test_texts_that_no_file_of_text_can_hold_are_reported_all_the_same(tmp_path):
+    from infra import storage
+    from pipeline.judging import FOLDER
+
+    rows = [{"id": "a", "text": "Good\u2028morning."}, {"id": "b", "text": "Rain \ud800."}]
+    (tmp_path / "set.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = EvaluateConfig(set=str(tmp_path / "set.jsonl"), systems=(f"a={tmp_path}",), output=str(tmp_path / "out"))
+    items, rejects = read_set(config)
+    evaluation = plan(config, items, rejects)
+    counts = {"words": 2, "word_errors": 1, "characters": 9, "character_errors": 1, "heard": "rain"}
+    scores = [{"system": "a", **row, **counts} for row in rows]
+    content = "".join(json.dumps(score, ensure_ascii=score["id"] == "b") + "\n" for score in scores)
+    storage.write_text(f"{tmp_path}/out/{FOLDER}/{evaluation.chunks[0].name}.jsonl", content)
+    assert finish(evaluation)[1] == scores
+    assert "“Rain ?.” → “rain”" in (tmp_path / "out/report.md").read_text()
+    with pytest.raises(EvaluationError, match="text that is not valid Unicode"):
+        read_set(EvaluateConfig(set=config.set, systems=config.systems, meta=str(tmp_path / "meta.lst")))
 
 
 @pytest.mark.parametrize(

@@ -179,6 +179,33 @@ def test_a_script_in_bulk_is_resumed(local_ray, speaker, tmp_path):
         bulk_synthesis.plan(config(speaker, tmp_path, script=str(tmp_path / "no.jsonl"), output=str(tmp_path / "n")))
 
 
+def test_any_text_and_any_speakers_name_is_said_or_told(local_ray, speaker, tmp_path):
+    """Characters at which some readers end a line, halves of surrogate pairs, names that no plain file could have."""
+    for name in ("Ada%20Lovelace", "J%2E%20Smith", "book%2Freader"):
+        write_voice(tmp_path / "voices/shared" / f"{name}.safetensors", speaker[1])
+    voices = ["Ada Lovelace", "J. Smith", "book/reader", "shared/Ada Lovelace", ""]
+    rows = [{"id": f"v{n}", "text": "Rain.", "voice": voice} for n, voice in enumerate(voices)]
+    rows += [{"id": "line", "text": "Good\u2028morning,\u2029green\x85island."}, {"id": "half", "text": "Rain \ud800."}]
+    rows += [{"id": "\ud800", "text": "Rain."}, {"id": "a\u2028b", "text": "Rain."}]
+    rows += [{"id": "odd", "text": "Rain.", "voice": "\ud800"}]
+    (tmp_path / "lines.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    asked = config(speaker, tmp_path, voices=str(tmp_path / "voices/shared"), chunk=20)
+    summary, _ = perform(asked)
+    assert perform(asked) == (summary, [])
+    output = tmp_path / "wavs"
+    made = {row["id"]: row for row in map(json.loads, (output / "manifest.jsonl").read_text().splitlines())}
+    bad = {row["id"]: row for row in map(json.loads, (output / "quarantine.jsonl").read_text().splitlines())}
+    assert made.keys() | bad.keys() == {row["id"] for row in rows} and not made.keys() & bad.keys()
+    assert {"v0", "v1", "v2", "v4", "line", "a\u2028b"} <= made.keys() and made["line"]["text"] == rows[5]["text"]
+    assert [decode((output / made[id]["file"]).read_bytes())[2].voice for id in ("v0", "v1", "v2")] == voices[:3]
+    assert bad["\ud800"]["reason"] == "bad-id" and bad["odd"]["reason"] == "bad-voice"
+    assert bad["v3"]["reason"] == "unknown-voice" and "shared/Ada%20Lovelace.safetensors" in bad["v3"]["detail"]
+    # From the folder above, a voice is named with its tenant.
+    output = tmp_path / "above"
+    perform(config(speaker, tmp_path, voices=str(tmp_path / "voices"), chunk=20, output=str(output)))
+    assert "v3" in {json.loads(row)["id"] for row in (output / "manifest.jsonl").read_text().splitlines()}
+
+
 def test_bulk_says_what_each_line_says_alone(local_ray, speaker, tmp_path):
     write_script(tmp_path, 5)
     asked = config(speaker, tmp_path, dtype="float64", format="flac", chunk=50)
