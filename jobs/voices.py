@@ -29,6 +29,7 @@ DEFAULT = "out/voices"
 def main() -> int:
     options = parsed()
     from infra import storage
+    from model.lina_config import ModelError
     from model.voice_file import VoiceError
     from pipeline.voice_files import NoSuchVoice
 
@@ -38,6 +39,11 @@ def main() -> int:
     except VoiceError as error:
         print(f"voices: {error}", file=sys.stderr)
         return 2 if isinstance(error, NoSuchVoice) else 1
+    except BrokenPipeError:
+        raise
+    except (ModelError, OSError) as error:
+        print(f"voices: {error}", file=sys.stderr)
+        return 2
 
 
 def parsed() -> argparse.Namespace:
@@ -110,15 +116,22 @@ def show(options: argparse.Namespace) -> int:
 def export(options: argparse.Namespace) -> int:
     from infra import storage
     from model.checkpoint import CONFIG_FILE, read_card
+    from model.lina_config import ModelError
     from model.voice_file import unpack
     from pipeline.voice_files import named
 
     file = named(options.voices, options.voice, options.tenant)
     content, _ = file.content()
     if options.model:
-        card = read_card(storage.read_bytes(storage.join(options.model, CONFIG_FILE)))
+        try:
+            card = read_card(storage.read_bytes(storage.join(options.model, CONFIG_FILE)))
+        except (ModelError, OSError, ValueError, ImportError) as error:
+            raise ModelError(f"--model {options.model} is no model: {CONFIG_FILE} cannot be read ({error})") from None
         unpack(content, card.sizes, card.fingerprint)
-    storage.write_bytes(options.out, content)
+    try:
+        storage.write_bytes(options.out, content)
+    except (OSError, ValueError, ImportError) as error:
+        raise OSError(f"--out {options.out} cannot be written ({error})") from None
     print(f"exported  {file.name} → {options.out}, {len(content):,} bytes")
     return 0
 
