@@ -68,8 +68,12 @@ class ModelCard:
 def fingerprint(card: ModelCard, weights: bytes) -> str:
     """sha256 over the digest of the weights file and the config without its fingerprint, as canonical JSON."""
     config = {name: value for name, value in card.to_dict().items() if name != "fingerprint"}
-    canonical = json.dumps(config, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-    return hashlib.sha256(hashlib.sha256(weights).digest() + canonical.encode()).hexdigest()
+    return hashlib.sha256(hashlib.sha256(weights).digest() + _canonical(config)).hexdigest()
+
+
+def _canonical(config: Any) -> bytes:
+    """Raises ValueError for what no digest can be made of: numbers beyond floats, halves of characters."""
+    return json.dumps(config, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
 
 
 def pack(model: Lina, card: ModelCard, dtype: str = "float32") -> dict[str, bytes]:
@@ -162,6 +166,7 @@ def read_card(config: bytes) -> ModelCard:
         raise ModelError(f"{CONFIG_FILE} has {len(config)} bytes; no model's has more than {LARGEST_CONFIG}")
     try:
         values = json.loads(config, parse_constant=_no_constant)
+        _canonical(values)
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError, ValueError) as error:
         raise ModelError(f"{CONFIG_FILE} is not JSON: {error}") from None
     kinds = {"format": str, "sizes": dict, "inventory": list, "codec": dict, "training": dict, "fingerprint": str}

@@ -43,10 +43,12 @@ class CodecIdentity:
             "codebook_size": int,
         }
         _refuse_unknown(values, set(kinds), "codec identity")
-        try:
-            return cls(**{name: kind(values[name]) for name, kind in kinds.items()})
-        except (KeyError, TypeError, ValueError) as error:
-            raise CodecError(f"codec identity: missing or impossible field: {error}") from None
+        whole = dict(values)
+        if type(whole.get("frame_rate")) is int:
+            whole["frame_rate"] = float(whole["frame_rate"])
+        if wrong := [name for name, kind in kinds.items() if type(whole.get(name)) is not kind]:
+            raise CodecError(f"codec identity: missing or of the wrong type: {', '.join(wrong)}")
+        return cls(**whole)
 
     def require(self, other: CodecIdentity, what: str) -> None:
         """Raises CodecError with the differing fields unless `what` (a dataset, a voice …) was made with this codec."""
@@ -117,6 +119,20 @@ class CodecConfig:
     @property
     def frame_rate(self) -> float:
         return self.sample_rate / self.hop
+
+    @property
+    def shortest(self) -> int:
+        """Frames from which each convolution's mirror at its left edge lies within the utterance.
+
+        What is shorter must not stand in a batch with longer ones, whose padding it would mirror.
+        """
+        rate, pads = self.hop, [(self.hop, self.kernel_size - 1), (1, self.last_kernel_size - 1)]
+        residual = (self.residual_kernel_size - 1) * self.dilation_base ** max(0, self.residual_layers - 1)
+        for ratio in reversed(self.ratios):  # the encoder's way down; the decoder's way up has the same paddings
+            pads += [(rate, residual if self.residual_layers else 0), (rate, ratio)]
+            rate //= ratio
+        pads += [(self.hop, self.last_kernel_size - 1), (1, self.kernel_size - 1)]
+        return max(padding // samples + 1 for samples, padding in pads)
 
     def frames(self, samples: int) -> int:
         """Frames that `samples` of audio become: the last, partial one counts."""

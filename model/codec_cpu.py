@@ -71,11 +71,14 @@ class FastEncoder:
 
     def codes(self, waves: list[torch.Tensor], depth: int) -> list[torch.Tensor]:
         """int64 [depth, frames] of each wave float32 [frames · hop]; frames reach at least the last kernel's size."""
-        inner = max(1, self.threads // max(1, len(waves)))
-        with ThreadPoolExecutor(self.threads) as pool:
-            latents = list(pool.map(_on_threads(inner, self._convolutions), waves))
-            latents = _on_threads(self.threads, self._recurrent)(latents)
-            return list(pool.map(_on_threads(inner, lambda latent: self._quantise(latent, depth)), latents))
+        inner, before = max(1, self.threads // max(1, len(waves))), torch.get_num_threads()
+        try:
+            with ThreadPoolExecutor(self.threads) as pool:
+                latents = list(pool.map(_on_threads(inner, self._convolutions), waves))
+                latents = _on_threads(self.threads, self._recurrent)(latents)
+                return list(pool.map(_on_threads(inner, lambda latent: self._quantise(latent, depth)), latents))
+        finally:
+            torch.set_num_threads(before)  # New threads start with the number that was set last, by any thread.
 
     def _convolutions(self, wave: torch.Tensor) -> torch.Tensor:
         """[frames, channels] of a wave [frames · hop]."""

@@ -133,7 +133,8 @@ def _fla(q, k, v, g, initial_state, scale, cu_seqlens):
         state_v_first=False,
         cu_seqlens=cu_seqlens,
     )
-    q, k, v, g = (x.contiguous() for x in (q, k, v, g))
+    # Sums of gates within a chunk are subtracted from one another: -inf less -inf is no number. exp(-88) is 0.
+    q, k, v, g = (x.contiguous() for x in (q, k, v, g.clamp(min=-88)))
     # A chunk's tensor-core path wants 16 steps and more; fewer are stepped.
     if q.shape[1] < 16:
         o, state = fused_recurrent_gla(q, k, v, gk=g, **shared)

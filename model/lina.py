@@ -166,10 +166,6 @@ class Lina(nn.Module):
         split = self.config.encoder_layers
         return LinaState(tuple(states[:split]), position, tuple(states[split:]))
 
-    def first_tokens(self, batch: int) -> torch.Tensor:
-        """int64 [B, K], what every utterance starts with."""
-        return torch.full((batch, self.config.codebooks), BOS, device=self.norm.weight.device)
-
     def _through(self, blocks, x, states, lengths):
         after = []
         for block, state in zip(blocks, states, strict=True):

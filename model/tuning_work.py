@@ -48,13 +48,22 @@ class Work:
         self.model = freeze(model)
         self.device = model.norm.weight.device
         self.dtype = torch.float64 if model.norm.weight.dtype == torch.float64 else torch.float32
-        self.group_steps = group_steps or (1 << 17 if self.device.type == "cuda" else 2048)
+        self.group_steps = group_steps or self._group_steps()
         self.scale, self.cache_bytes, self.kept_bytes = scale, cache_bytes, 0
         self.seconds: dict[str, float] = defaultdict(float)
         """By part: `prepare`, `forward`, `backward`, `update`, `evaluate`; on a GPU, by when it was asked for."""
         self.steps = self.padded_steps = 0
         """Model steps of rows, without and with their padding."""
         self._kept: dict[tuple[str, int], Prepared] = {}
+
+    def _group_steps(self) -> int:
+        """On a CPU what its cache likes; on a GPU what two fifths of its free memory hold of what backward needs, some
+        twenty values of the model's width a block and step."""
+        if self.device.type != "cuda":
+            return 2048
+        config, size = self.model.config, self.model.norm.weight.element_size()
+        step = 20 * config.width * config.layers * max(size, 4)
+        return max(2048, int(0.4 * torch.cuda.mem_get_info(self.device)[0]) // step)
 
     def forget(self, speaker: str) -> None:
         """Gives back the memory of a speaker's samples."""

@@ -227,6 +227,7 @@ def _parsed(data: bytes) -> tuple[dict[str, Any], dict[str, Any]]:
     try:
         header = json.loads(data[8 : 8 + size])
         record = json.loads(header.pop("__metadata__")["voice"], parse_constant=_no_constant)
+        _canonical(record).encode()  # numbers beyond floats, halves of characters: no digest could be made of them
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise VoiceError(f"no voice file: its header is not that of a voice ({error!r})") from None
     if not isinstance(record, dict) or record.get("format") != FORMAT or record.get("layout") != LAYOUT:

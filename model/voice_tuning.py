@@ -225,6 +225,7 @@ class Tuner:
 
     def _record(self, speaker: _Speaker, reason: str) -> Tuned:
         base, continuation = speaker.baselines or (None, None)
+        curve = tuple(point for point in speaker.curve if math.isfinite(point[1]))  # `reason` tells of the others
         return Tuned(
             speaker=speaker.name,
             factors=speaker.best,
@@ -235,8 +236,8 @@ class Tuner:
             held_out=len(speaker.held),
             base_loss=base,
             continuation_loss=continuation,
-            tuned_loss=min((loss for _, loss in speaker.curve), default=None),
-            curve=tuple(speaker.curve),
+            tuned_loss=min((loss for _, loss in curve), default=None),
+            curve=curve,
             train_losses=tuple(speaker.train_losses),
             seconds=speaker.seconds,
             seed=speaker.seed,

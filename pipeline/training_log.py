@@ -59,7 +59,7 @@ class StepLog:
         seconds, self.since = max(now - self.since, 1e-9), now
         steps = index.columns["frames"][rows].astype(np.float64) + self.config.codebooks
         phones = index.columns["phones"][rows] + 2.0
-        flops = training_flops(self.sizes, steps.sum(), phones.sum(), (steps * phones).sum())
+        flops = training_flops(self.sizes, steps.sum(), phones.sum(), (steps * phones).sum(), (steps**2).sum())
         self.skipped += result.skipped
         self.latest = {
             "loss": result.loss,

@@ -7,6 +7,8 @@ import math
 import torch
 from torch import nn
 
+from model.codec_training.quantiser import on_all_workers
+
 
 class MelDistance(nn.Module):
     """Mean absolute difference of log-mel spectrograms over several window lengths (EnCodec section 3.4).
@@ -56,17 +58,21 @@ class Balancer:
         self.steps: dict[str, int] = {}
 
     def gradient(self, losses: dict[str, torch.Tensor], output: torch.Tensor) -> torch.Tensor:
-        """The gradient to send backward through `output` [batch, …]; losses without a positive weight are left out."""
+        """The gradient to send backward through `output` [batch, …]; losses without a positive weight are left out.
+
+        Raises:
+            FloatingPointError: a gradient that is not finite, on any worker; the averages are as before.
+        """
         total = sum(self.weights[name] for name in losses)
+        weighed = {name: loss for name, loss in losses.items() if self.weights[name] > 0}
+        gradients = {name: torch.autograd.grad(loss, output, retain_graph=True)[0] for name, loss in weighed.items()}
+        norms = {name: float(gradient.flatten(1).norm(dim=1).mean()) for name, gradient in gradients.items()}
+        bad = [name for name, norm in norms.items() if not math.isfinite(norm)]
+        if not on_all_workers(not bad, output.device):
+            raise FloatingPointError(f"the gradient of a loss is not finite: {', '.join(bad) or 'on another worker'}")
         combined = torch.zeros_like(output)
-        for name, loss in losses.items():
-            if self.weights[name] <= 0:
-                continue
-            gradient = torch.autograd.grad(loss, output, retain_graph=True)[0]
-            norm = float(gradient.flatten(1).norm(dim=1).mean())
-            if not math.isfinite(norm):
-                raise FloatingPointError(f"the gradient of the {name} loss is not finite")
-            combined += gradient * (self.weights[name] / total / max(self._average(name, norm), 1e-12))
+        for name, gradient in gradients.items():
+            combined += gradient * (self.weights[name] / total / max(self._average(name, norms[name]), 1e-12))
         return combined
 
     def _average(self, name: str, norm: float) -> float:

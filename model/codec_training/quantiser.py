@@ -52,7 +52,7 @@ class ResidualQuantiser(nn.Module):
         self.remembered += len(rows)
 
     def start(self, generator: torch.Generator, iterations: int = 10) -> None:
-        """Sets all codebooks by k-means, level by level on what the levels before left over."""
+        """Sets all codebooks by k-means, level by level on what the levels before left over: the first worker's."""
         residual = self.recent[: int(self.remembered.clamp(max=len(self.recent)))]
         if len(residual) == 0:
             raise ValueError("the codebooks cannot start before any latents were remembered")
@@ -61,6 +61,8 @@ class ResidualQuantiser(nn.Module):
             nearest = nearest_rows(residual, centres)
             self._set(level, centres, torch.bincount(nearest, minlength=len(centres)).clamp(min=1) / len(residual))
             residual = residual - centres[nearest]
+        for values in (self.embed, self.sums, self.counts):
+            broadcast_from_first(values)
         self.started.fill_(True)
 
     def begin(self, level: int, centres: torch.Tensor) -> None:
@@ -150,6 +152,15 @@ def average_over_workers(*values: torch.Tensor) -> tuple[torch.Tensor, ...]:
             torch.distributed.all_reduce(value)
             value /= torch.distributed.get_world_size()
     return values
+
+
+def on_all_workers(flag: bool, device: torch.device) -> bool:
+    """Whether `flag` is true on every data-parallel worker: they go on, or give a step up, together."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        agreed = torch.tensor(float(flag), device=device)
+        torch.distributed.all_reduce(agreed, torch.distributed.ReduceOp.MIN)
+        return bool(agreed > 0)
+    return flag
 
 
 def broadcast_from_first(value: torch.Tensor) -> torch.Tensor:

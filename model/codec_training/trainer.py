@@ -20,7 +20,13 @@ from model.codec_config import CodecConfig, CodecError
 from model.codec_initial import transform_codec, variance_preserving
 from model.codec_training import discriminator as adversary
 from model.codec_training.losses import Balancer, MelDistance
-from model.codec_training.quantiser import Quantised, ResidualQuantiser, average_over_workers, perplexity
+from model.codec_training.quantiser import (
+    Quantised,
+    ResidualQuantiser,
+    average_over_workers,
+    on_all_workers,
+    perplexity,
+)
 
 
 @dataclass(frozen=True)
@@ -112,14 +118,17 @@ class CodecTrainer:
         """Trains on audio float32 [batch, samples], a whole number of hops long; returns what to log.
 
         Raises:
-            FloatingPointError: a loss or gradient that is not finite; the weights are as before the step.
+            FloatingPointError: audio, a loss or a gradient that is not finite, on any worker; all is as before the step, or
+                codebooks alone have moved.
         """
         audio = audio.to(self.device).unsqueeze(1)
         self.networks.train(), self.quantiser.train(not self.recipe.decoder_only)
-        if self.step_number == self.recipe.quantise_from and not self.quantiser.started:
+        if self.step_number >= self.recipe.quantise_from and not self.quantiser.started:
             self.quantiser.start(self.generator)
         with torch.set_grad_enabled(not self.recipe.decoder_only):
             latent = self.networks["encoder"](audio)
+            if not on_all_workers(bool(latent.isfinite().all()), self.device):
+                raise FloatingPointError(f"audio or latents are not finite at step {self.step_number}")
             quantised = self._quantise(latent)
         bottleneck = quantised.latent.detach().requires_grad_()
         decoded = self.networks["decoder"](bottleneck)
@@ -129,14 +138,14 @@ class CodecTrainer:
             real, fake = self.judge(audio), self.judge(decoded)
             losses |= {"adversarial": adversary.adversarial_loss(fake), "features": adversary.feature_loss(real, fake)}
         output_gradient = self.balancer.gradient(losses, decoded)
-        if self.adversarial:
-            logged["discriminator"] = self._step_judge(real, fake)
         rate = self._set_rates()
         self.optimiser.zero_grad(set_to_none=True)
         decoded.backward(output_gradient)
         if not self.recipe.decoder_only:
             latent.backward(self._with_commitment(bottleneck.grad, latent, quantised.commitment))
         norm = self._apply(self.networks, self.optimiser, self.recipe.clip)
+        if self.adversarial:
+            logged["discriminator"] = self._step_judge(real, fake)
         self.step_number += 1
         logged |= {name: float(loss.detach()) for name, loss in losses.items()}
         logged |= {"grad_norm": norm, "lr": rate}
@@ -204,11 +213,15 @@ class CodecTrainer:
             raise CodecError("the checkpoint and the recipe differ in decoder_only; choose another output folder")
         self.networks.load_state_dict(state["networks"])
         self.quantiser.load_state_dict(state["quantiser"])
+        shares = [group["share"] for group in self.optimiser.param_groups]
         self.optimiser.load_state_dict(state["optimiser"])
+        for group, share in zip(self.optimiser.param_groups, shares, strict=True):
+            group["share"] = share
         self.balancer.load_state_dict(state["balancer"])
         self.generator.set_state(state["generator"])
         self.step_number = int(state["step"])
-        if all(k in state["judge"] and state["judge"][k].shape == v.shape for k, v in self.judge.state_dict().items()):
+        judge, ours = state["judge"], self.judge.state_dict()
+        if judge.keys() == ours.keys() and all(judge[name].shape == ours[name].shape for name in ours):
             self.judge.load_state_dict(state["judge"])
             self.judge_optimiser.load_state_dict(state["judge_optimiser"])
 

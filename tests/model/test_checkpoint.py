@@ -135,6 +135,8 @@ def test_damage_and_foreign_files_are_told_apart(files, tmp_path) -> None:
     refused(files, "no model's has more than", config=b" " * (1 << 21))
     refused(files, 'lacks "format"', config=b"{}")
     refused(files, "is not JSON: NaN", config=files[CONFIG_FILE].replace(b'"dropout": 0.0', b'"dropout": NaN'))
+    refused(files, "is not JSON", config=files[CONFIG_FILE].replace(b'"dropout": 0.0', b'"dropout": 1e999'))
+    refused(files, "is not JSON", config=files[CONFIG_FILE].replace(b'"lina-ray/1"', b'"\\ud800"'))
     with pytest.raises(ModelError, match=r"is no model: .*config.json cannot be read"):
         load(tmp_path)
     values = json.loads(files[CONFIG_FILE])

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load, save
 
@@ -45,6 +45,54 @@ def test_codes_do_not_depend_on_the_batch(exact: Codec, lengths: list[int], posi
     assert alone.shape == (4, -(-lengths[position] // exact.hop))
     assert alone.dtype == np.uint16
     np.testing.assert_array_equal(alone, together)
+
+
+DEEP = CodecConfig(
+    "deep", filters=2, ratios=(2, 5, 6), dimension=8, residual_layers=4, lstm_layers=0, codebooks=2, codebook_size=32
+)
+
+
+def test_the_widest_mirror_is_known() -> None:
+    """16 samples of dilated branches where a frame has 2 of them; otherwise 6 frames of the last kernel."""
+    assert DEEP.shortest == 9 and SMALL.shortest == DILATED.shortest == 7
+
+
+@settings(max_examples=10, deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate])
+@given(frames=st.lists(st.integers(1, 24), min_size=2, max_size=5), seed=st.integers(0, 9))
+def test_the_shortest_utterance_depends_on_no_other(frames: list[int], seed: int) -> None:
+    """Mirrored edges, widest where dilations are, never reach into a batch's padding, in either direction."""
+    codec = Codec.random(DEEP, seed=1, dtype="float64")
+    waves = [noise(count * codec.hop, seed=seed + i) for i, count in enumerate(frames)]
+    together = codec.encode(waves)
+    for wave, codes in zip(waves, together, strict=True):
+        np.testing.assert_array_equal(codec.encode([wave])[0], codes)
+    for codes, wave in zip(together, codec.decode(together), strict=True):
+        np.testing.assert_allclose(codec.decode([codes])[0], wave, atol=1e-6)
+
+
+def test_encoding_leaves_threads_as_they_were(codec: Codec) -> None:
+    import threading
+
+    import torch
+
+    seen = []
+    for _ in range(3):
+        codec.encode([noise(9000, seed=i) for i in range(6)])
+        new = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
+        new.start()
+        new.join()
+    assert seen == [torch.get_num_threads()] * 3
+
+
+def test_gpus_encode_in_full_precision() -> None:
+    import torch
+
+    from model.codec import full_precision
+
+    before = torch.backends.cudnn.allow_tf32
+    with full_precision():
+        assert not torch.backends.cudnn.allow_tf32
+    assert torch.backends.cudnn.allow_tf32 == before
 
 
 @pytest.mark.parametrize("config", [SMALL, DILATED])
@@ -218,7 +266,10 @@ def test_identities_are_compared(codec: Codec) -> None:
     )
     codec.identity.require(speaks_otherwise.identity, "the dataset")
     assert speaks_otherwise.digest != codec.digest and hears_otherwise.identity != codec.identity
-    for broken in ({}, {"name": "x"}, codec.identity.to_dict() | {"extra": 1}):
+    known = codec.identity.to_dict()
+    assert CodecIdentity.from_dict(known | {"frame_rate": 75}).frame_rate == 75.0
+    wrong = ({"name": None}, {"digest": 5}, {"sample_rate": 24_000.9}, {"codebooks": True}, {"frame_rate": "75"})
+    for broken in ({}, {"name": "x"}, known | {"extra": 1}, *(known | change for change in wrong)):
         with pytest.raises(CodecError):
             CodecIdentity.from_dict(broken)
 

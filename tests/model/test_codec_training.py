@@ -174,6 +174,57 @@ def test_steps_that_are_not_finite_change_no_weights() -> None:
     assert all(torch.equal(value, before[name]) for name, value in trainer.networks.state_dict().items())
 
 
+@pytest.mark.parametrize("adversarial_from", [0, 1])
+def test_a_bad_batch_costs_one_step(adversarial_from: int) -> None:
+    """Codebooks and discriminator, too, are as before, so that clean steps go on."""
+    trainer = CodecTrainer(TINY, dataclasses.replace(RECIPE, adversarial_from=adversarial_from))
+    run(trainer, 6)
+    parts = nn.ModuleList([trainer.networks, trainer.quantiser, trainer.judge])
+    before = {name: value.clone() for name, value in parts.state_dict().items()}
+    audio = speech(0)
+    audio[0, 100] = float("nan")
+    with pytest.raises(FloatingPointError, match="not finite"):
+        trainer.step(audio)
+    assert all(torch.equal(value, before[name]) for name, value in parts.state_dict().items())
+    assert np.isfinite(run(trainer, 1)[0]["mel"])
+
+
+def test_a_resumed_run_follows_its_new_recipe() -> None:
+    first = CodecTrainer(TINY, dataclasses.replace(RECIPE, quantise_from=50, discriminator_windows=(256, 128)))
+    run(first, 5)
+    recipe = dataclasses.replace(RECIPE, quantise_from=3, bias_rate=0.5, discriminator_windows=(256,))
+    second = CodecTrainer(TINY, recipe)
+    second.load_state_dict(saved(first))
+    run(second, 1)
+    assert second.quantiser.started and second.weights()
+    assert [group["share"] for group in second.optimiser.param_groups] == [1.0, 0.5]
+
+
+def _two_workers(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    trainer = CodecTrainer(TINY, RECIPE)
+    for step in range(8):
+        audio = speech(2 * step + rank)
+        if (step, rank) == (6, 1):
+            audio = audio * float("inf")
+        try:
+            trainer.step(audio)
+        except FloatingPointError:
+            assert step == 6
+            trainer.step_number += 1
+    torch.save({"networks": trainer.networks.state_dict(), "quantiser": trainer.quantiser.embed}, f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_workers_hold_the_same_codec(tmp_path) -> None:
+    """Each has its own speech; codebooks start, and a step is given up, together."""
+    torch.multiprocessing.spawn(_two_workers, (str(tmp_path),), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    assert torch.equal(first["quantiser"], second["quantiser"]) and first["quantiser"].std() > 0
+    assert all(torch.equal(value, second["networks"][name]) for name, value in first["networks"].items())
+
+
 def test_dead_codes_restart() -> None:
     """Codes far from all data are given vectors of the batch, and are used from then on."""
     quantiser = ResidualQuantiser(TINY, decay=0.5)

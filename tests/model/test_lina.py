@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model.delay import BOS, EOS, PAD, begun, delayed, undelayed
+from model.flops import training_flops
 from model.lina import Batch, Lina, losses, main
 from model.lina_config import PRESETS, PUBLISHED, LinaConfig, ModelError
 from model.mixers import parameters
@@ -79,6 +80,21 @@ def test_the_softmax_twin_is_as_large(name: str) -> None:
     with torch.device("meta"):
         gla, attention = (Lina(dataclasses.replace(PRESETS[name], mixer=mixer)) for mixer in MIXERS)
     assert abs(parameters(attention) / parameters(gla) - 1) <= 0.002
+
+
+def test_work_is_counted_as_the_mathematics_asks_for_it() -> None:
+    """A step costs both twins what their equal parameters do; beyond, GLA's state is constant, softmax's past grows."""
+    gla, attention = (dataclasses.replace(PRESETS["169m"], mixer=mixer) for mixer in MIXERS)
+    one, many = 64, 4096
+
+    def work(sizes: LinaConfig, steps: int) -> float:
+        return training_flops(sizes, steps, 0, 0, steps * steps)
+
+    assert work(gla, many) == pytest.approx(many / one * work(gla, one))
+    state = 3 * 4 * gla.layers * gla.key_width * gla.value_width / gla.heads
+    pairs = 3 * 2 * gla.layers * attention.attention_width
+    for steps in (one, many):
+        assert work(attention, steps) - work(gla, steps) == pytest.approx(pairs * steps**2 - state * steps)
 
 
 def test_sizes_are_printed(monkeypatch, capsys, tmp_path) -> None:

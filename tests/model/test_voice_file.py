@@ -197,6 +197,8 @@ def test_hostile_files_are_refused() -> None:
     refused(save_tensors(tensors, metadata={"voice": "{"}), "not that of a voice")
     refused(save_tensors(tensors, metadata={"voice": "[" * 5000}), "not that of a voice")
     refused(save_tensors(tensors, metadata={"voice": '{"format": NaN}'}), "NaN is no number")
+    refused(save_tensors(tensors, metadata={"voice": '{"format": 1e999}'}), "not that of a voice")
+    refused(save_tensors(tensors, metadata={"voice": '{"format": "\\ud800"}'}), "not that of a voice")
     refused(save_tensors(tensors, metadata={"voice": '{"format": "other"}'}), "lacks \"format\": 'lina-ray-voice/1'")
     refused(reissued(data, run="rm -rf /"), "unknown or of the wrong type in its record: 'run'")
     refused(reissued(data, digest=None), "wrong type in its record: digest")

@@ -349,6 +349,7 @@ def test_a_speaker_that_diverges_harms_nobody() -> None:
         expected = alone(model, samples[name], recipe, number(recipe.seed, name), done[name].best_step)
         assert furthest(done[name].factors, expected) < 1e-10
     assert all(values.isfinite().all() for values in done["bad"].factors.values())
+    assert json.dumps(done["bad"].record(), allow_nan=False), "what a voice's file says of its tuning is JSON"
 
 
 @given(count=st.integers(1, 30), size=st.integers(1, 9), seed=st.integers(0, 2**64 - 1))
