@@ -10,6 +10,10 @@ from infra import storage
 from pipeline.utterances import Reject, Unusable, Utterance
 
 COLUMNS = ("id", "audio", "text", "speaker", "start", "duration", "language", "channel")
+LONGEST_SECONDS = 1e7
+"""Four months: no recording is longer, and sums of such times stay exact to a microsecond."""
+DEEPEST = 64
+"""Levels of lists and objects in a column; parsers and writers of JSON give up at some hundreds."""
 _KNOWN = frozenset(COLUMNS)
 
 
@@ -62,7 +66,7 @@ def reject(error: Unusable, where: str, id: Any = "") -> Reject:
 
 
 def seconds(value: Any, name: str) -> float | None:
-    """A number of seconds from 0 up, or None where there is none.
+    """A number of seconds from 0 up to `LONGEST_SECONDS`, or None where there is none.
 
     Raises:
         Unusable: `bad-field`.
@@ -77,14 +81,16 @@ def seconds(value: Any, name: str) -> float | None:
         number = math.inf
     if not math.isfinite(number) or number < 0:
         raise Unusable("bad-field", f"{name} must be a finite number of seconds from 0 up, not {shown(value)}")
+    if number > LONGEST_SECONDS:
+        raise Unusable("bad-field", f"{name} must be at most {LONGEST_SECONDS:.0e} seconds, not {shown(value)}")
     return number
 
 
-def plain(value: Any) -> Any:
+def plain(value: Any, depth: int = 0) -> Any:
     """A value as JSON has it: dates and the like become text, numbers that are not finite become null.
 
     Raises:
-        Unusable: `not-utf8`: bytes that are no text.
+        Unusable: `not-utf8`: bytes that are no text; `bad-field`: nested deeper than `DEEPEST`.
     """
     if value is None or isinstance(value, str | bool | int):
         return value
@@ -92,10 +98,12 @@ def plain(value: Any) -> Any:
         return value if math.isfinite(value) else None
     if isinstance(value, bytes):
         return _decoded(value)
+    if depth == DEEPEST:
+        raise Unusable("bad-field", f"a column is nested more than {DEEPEST} levels deep")
     if isinstance(value, dict):
-        return {str(name): plain(item) for name, item in value.items()}
+        return {str(name): plain(item, depth + 1) for name, item in value.items()}
     if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
+        return [plain(item, depth + 1) for item in value]
     return value.isoformat() if hasattr(value, "isoformat") else str(value)
 
 

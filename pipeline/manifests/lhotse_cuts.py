@@ -78,11 +78,14 @@ def _libriheavy(cut: Any, resolve: Callable[[str], str], where: str) -> Utteranc
     custom = supervision["custom"]
     id, start, duration, channel = cut["id"], cut["start"], cut["duration"], cut["channel"]
     text, speaker, path = custom["texts"][0], supervision["speaker"], source["source"]
+    language = supervision["language"]
     if not (
         type(id) is type(text) is type(speaker) is type(path) is str
         and type(start) in (float, int)
         and type(duration) in (float, int)
-        and start >= 0 < duration
+        and 0 <= start <= fields.LONGEST_SECONDS
+        and 0 < duration <= fields.LONGEST_SECONDS
+        and (language is None or type(language) is str)
         and cut["type"] == "MonoCut"
         and source["type"] == "file"
         and source["channels"] == [0] == [channel]
@@ -94,7 +97,9 @@ def _libriheavy(cut: Any, resolve: Callable[[str], str], where: str) -> Utteranc
         raise ValueError("not of this form")
     extra = cut.get("custom") or {}
     extra = {**extra, **{name: value for name, value in custom.items() if name not in _CONTEXT}}
-    language = language_code(supervision["language"])
+    if any(type(value) in (dict, list) for value in extra.values()):
+        raise ValueError("not of this form")
+    language = language_code(language) or "en"
     return Utterance(id, resolve(path), text, speaker, float(start), float(duration), language, channel, extra, where)
 
 

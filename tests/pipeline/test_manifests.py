@@ -111,6 +111,10 @@ def test_absent_and_null_fields_take_their_defaults(tmp_path: Path) -> None:
         ('{"audio": "a.flac", "speaker": {}}', "bad-field"),
         ('{"audio": "a.flac", "id": false}', "bad-field"),
         ('{"audio": "a.flac", "language": 3}', "bad-field"),
+        ('{"audio": "a.flac", "start": 1e306}', "bad-field"),
+        ('{"audio": "a.flac", "duration": 1e306}', "bad-field"),
+        ('{"audio": "a.flac", "tree": ' + "[" * 900 + "]" * 900 + "}", "bad-field"),
+        ('{"audio": "a.flac", "tree": ' + '{"a":' * 900 + "1" + "}" * 901, "bad-field"),
     ],
 )
 def test_a_bad_line_is_rejected_and_the_others_are_not(tmp_path: Path, line: str | bytes, reason: str) -> None:

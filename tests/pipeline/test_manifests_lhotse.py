@@ -18,6 +18,8 @@ from hypothesis import strategies as st
 from lhotse import AudioSource, CutSet, MonoCut, MultiCut, Recording, RecordingSet, SupervisionSegment, SupervisionSet
 
 from pipeline.manifests import Manifest, ManifestError, open_manifest
+from pipeline.planning import Sizes, make_round
+from pipeline.tokenize_config import TokenizeConfig
 from pipeline.utterances import Reject, Utterance
 
 SAMPLE = 500
@@ -178,6 +180,27 @@ def test_the_short_way_and_lhotses_own_agree(tmp_path: Path, sample_cuts: list) 
     assert short == long
     through_lhotse = CutSet.from_jsonl_lazy(tmp_path / "short" / "cuts.jsonl")
     assert [cut.supervisions[0].custom["texts"][0] for cut in through_lhotse] == [item.text for item in short]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda cut: cut["supervisions"][0].update(language=5),
+        lambda cut: cut.update(start=1e306),
+        lambda cut: cut.update(duration=1e306, supervisions=[cut["supervisions"][0] | {"duration": 1e306}]),
+        lambda cut: cut.update(custom={"tree": json.loads("[" * 900 + "]" * 900)}),
+    ],
+)
+def test_a_bad_field_of_a_cut_of_libriheavy_costs_only_that_cut(tmp_path: Path, sample_cuts: list, change) -> None:
+    bad = copy.deepcopy(sample_cuts[1])
+    change(bad)
+    path = tmp_path / "cuts.jsonl"
+    path.write_text("".join(json.dumps(cut) + "\n" for cut in (sample_cuts[0], bad, sample_cuts[2])))
+    manifest = open_manifest(str(path))
+    _, rejected, _ = manifest
+    assert (rejected.reason, rejected.where) == ("bad-field", "cuts.jsonl:2")
+    round_, rejects = make_round(manifest, TokenizeConfig(), Sizes(1200.0, manifest.folder), "plan.parquet")
+    assert (round_.utterances, rejects) == (2, {"manifest/bad-field": 1})
 
 
 values = st.recursive(
