@@ -151,12 +151,15 @@ class _Chunk:
     def add(self, utterance: Utterance) -> None:
         id, audio, text, speaker, start, duration, language, channel, extra, where = utterance
         audio = audio.removeprefix(self.prefix)
-        id = id or _id_from(audio, start, duration)
+        id = id or _id_from(audio, start, duration, channel)
         try:
             key = key_of(id)
             _check(text, duration, self.config)
+            _check_language(text, language, self.config)
             extra = json.dumps(extra, sort_keys=True, ensure_ascii=False) if extra else ""
             size = len(f"{id}{audio}{text}{speaker}{extra}".encode())
+        except _NotEnglish as error:
+            raise _Rejected(Reject(id, "phonemise", error.reason, error.detail, where)) from None
         except Unusable as error:
             raise _Rejected(Reject(id, "plan", error.reason, error.detail, where)) from None
         except UnicodeEncodeError:
@@ -183,10 +186,11 @@ class _Chunk:
         self.rows, self.ids, self.families, self.sizes = [], [], [], []
 
 
-def _id_from(audio: str, start: float, duration: float | None) -> str:
-    """An id for an utterance that has none: its recording, and its place in it in milliseconds."""
+def _id_from(audio: str, start: float, duration: float | None, channel: int | None) -> str:
+    """An id for an utterance that has none: its recording, its place in it in milliseconds, and its channel."""
     stem = os.path.splitext(audio.split("://")[-1])[0].lstrip("/")
-    return stem if not start and duration is None else f"{stem}-{round(start * 1000):08d}"
+    place = "" if not start and duration is None else f"-{round(start * 1000):08d}"
+    return stem + place + ("" if channel is None else f"-c{channel}")
 
 
 def _check(text: str | None, duration: float | None, config: TokenizeConfig) -> None:
@@ -200,6 +204,17 @@ def _check(text: str | None, duration: float | None, config: TokenizeConfig) -> 
             "too-long",
             f"{duration:.1f} s with a text that cannot be cut along, above max_seconds ({config.max_seconds})",
         )
+
+
+class _NotEnglish(Unusable):
+    """Already known now what making phonemes would find."""
+
+
+def _check_language(text: str | None, language: str | None, config: TokenizeConfig) -> None:
+    phonemes_are_made = text is not None or config.transcribe
+    if phonemes_are_made and language and not language.lower().startswith("en"):
+        detail = f"phonemes are made for English alone, the language is {language[:40]!r}"
+        raise _NotEnglish("not-english", f"{detail}; without text, --keep-untranscribed keeps its codes")
 
 
 def _family(text: str | None, duration: float | None) -> bytes:

@@ -128,6 +128,29 @@ def test_what_needs_no_audio_to_be_refused_is_refused_at_once(fields, reason):
     assert rejects == {f"plan/{reason}": 1}
 
 
+def test_channels_of_one_file_are_utterances_of_their_own(tmp_path):
+    items = [utterance(1, id="", channel=channel, text=f"speaker {channel}") for channel in (0, 1, None)]
+    items += [item._replace(duration=None) for item in items]
+    round_, rejects = make_round(items, TokenizeConfig(), SIZES, "plan.parquet", output=str(tmp_path))
+    assert rejects == {}
+    assert {row["id"] for row in rows_of(tmp_path, round_)} == {
+        *("1", "1-c0", "1-c1", "1-00000000", "1-00000000-c0", "1-00000000-c1")
+    }
+
+
+def test_other_languages_get_no_english_phonemes(tmp_path):
+    spoken = ["en", "en-GB", "eng", "English", "", None]
+    items = [utterance(n, language=language) for n, language in enumerate([*spoken, "de", "French"])]
+    round_, rejects = make_round(items, TokenizeConfig(), SIZES, "plan.parquet", output=str(tmp_path))
+    assert rejects == {"phonemise/not-english": 2} and round_.utterances == len(spoken)
+    bare = [item._replace(text=None) for item in items]
+    for config, expected in (
+        (TokenizeConfig(keep_untranscribed=True), {}),
+        (TokenizeConfig(transcribe="whisper-tiny.en"), {"phonemise/not-english": 2}),
+    ):
+        assert make_round(bare, config, SIZES, "plan.parquet")[1] == expected
+
+
 def test_a_plan_survives_its_file_and_notices_a_change(tmp_path):
     round_, rejects = make_round([utterance(1)], TokenizeConfig(), SIZES, "plan.parquet")
     plan = Plan({"a": 1}, {"name": "c"}, "demo", {"sha256": "0"}, "/corpus", rejects).with_round(round_)
