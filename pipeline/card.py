@@ -132,7 +132,7 @@ def _making(summary: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in sorted(summary["versions"].items()))
     rows = [
         ("codec", f"{_plain(codec['name'])}, {codec['sample_rate']} Hz"),
-        ("codec weights, sha256", f"`{codec['digest']}`"),
+        ("codec (encoder and codebooks), digest", f"`{codec['digest']}`"),
         ("codec runs on", _plain(str(summary["device"]))),
         ("dataset digest", f"`{summary['digest']}`"),
         ("plan digest", f"`{summary['plan']}`"),

@@ -80,6 +80,7 @@ def test_the_card_says_what_the_shards_hold(tmp_path: Path) -> None:
     assert "| utterances | 90 of 100 in the manifest |" in text
     assert "| in quarantine | 10 (10.00 %) |" in text and "| without text | 9 |" in text
     assert "| decode | truncated | 7 | 7.00 % |" in text
+    assert "| codec (encoder and codebooks), digest | `" in text
     assert "a\\|b\\*\\<i\\>" in text and "(unnamed)" in text
     rows = re.findall(r"^\| .* \| (\d+) \| \d\.\d{3} \| \d+\.\d \|$", text, re.MULTILINE)
     assert sum(map(int, rows)) == 90, "every utterance is some speaker's"
