@@ -118,8 +118,8 @@ class CodecTrainer:
         """Trains on audio float32 [batch, samples], a whole number of hops long; returns what to log.
 
         Raises:
-            FloatingPointError: audio, a loss or a gradient that is not finite, on any worker; all is as before the step, or
-                codebooks alone have moved.
+            FloatingPointError: audio, a loss or a gradient that is not finite, on any worker; at most the codebooks
+                have moved.
         """
         audio = audio.to(self.device).unsqueeze(1)
         self.networks.train(), self.quantiser.train(not self.recipe.decoder_only)

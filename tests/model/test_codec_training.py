@@ -8,6 +8,7 @@ import io
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from model.codec import Codec
 from model.codec_config import CodecConfig, CodecError
