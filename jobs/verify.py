@@ -81,9 +81,19 @@ def evaluate(plan: Any, samples: list, codec: Any) -> str:
     """Prints and returns the table of original, decoded and Opus."""
     from pipeline import evaluation
     from pipeline.samples import original
+    from pipeline.utterances import Unusable
 
     rate = codec.identity.sample_rate
-    clips = [evaluation.Clip(s.meta["id"], original(plan, s), rate, s.meta["text"] or "") for s in samples]
+    clips, lacking = [], []
+    for sample in samples:
+        try:
+            clips.append(evaluation.Clip(sample.meta["id"], original(plan, sample), rate, sample.meta["text"] or ""))
+        except (Unusable, OSError) as error:
+            lacking.append(error)
+    if lacking:
+        print(f"left out  {len(lacking)} of {len(samples)} samples without their recordings: {lacking[0]}")
+    if not clips:
+        return ""
     table = evaluation.table(evaluation.evaluate_codec(clips, codec))
     print(table)
     return table

@@ -10,6 +10,7 @@ import numpy as np
 from infra import storage
 from pipeline import shards
 from pipeline.plan import Plan, differences
+from pipeline.tokenize_config import signal_limits
 from pipeline.utterances import Unusable
 
 if TYPE_CHECKING:
@@ -34,23 +35,33 @@ def codec_of(plan: Plan, source: str | None = None, weights: str | None = None) 
 
 def sample_spread(plan: Plan, dataset: str, count: int) -> Iterator[shards.Sample]:
     """Up to `count` samples from shards spread evenly over the dataset."""
-    order = np.unique(np.linspace(0, len(plan.shards) - 1, min(count, len(plan.shards))).round().astype(int))
-    each = -(-count // max(len(order), 1))
-    for shard in order.tolist():
+    order = np.unique(np.linspace(0, len(plan.shards) - 1, min(count, len(plan.shards))).round().astype(int)).tolist()
+    for turn, shard in enumerate(order):
+        share = count * (turn + 1) // len(order) - count * turn // len(order)
         samples = list(shards.read_samples(storage.read_bytes(shards.tar_url(dataset, shard))))
-        places = np.unique(np.linspace(0, len(samples) - 1, min(each, len(samples))).round().astype(int))
+        places = np.unique(np.linspace(0, len(samples) - 1, min(share, len(samples))).round().astype(int))
         yield from (samples[place] for place in places.tolist())
 
 
 def original(plan: Plan, sample: shards.Sample) -> np.ndarray:
-    """The recording that a sample was made from, float32 [n] at the codec's rate. Raises Unusable if it has gone."""
+    """The recording that a sample was made from, float32 [n] at the codec's rate.
+
+    Raises:
+        Unusable: it has gone, or is not what it was.
+        OSError: the storage failed.
+    """
     from pipeline.audio import clean_audio
 
     source = sample.meta["source"]
     url = storage.relative_to(plan.audio_base, source["audio"])
-    rate = plan.codec["sample_rate"]
     return clean_audio(
-        url, source["start"], source["duration"], target_rate=rate, max_seconds=plan.config["max_seconds"]
+        url,
+        source["start"],
+        source["duration"],
+        target_rate=plan.codec["sample_rate"],
+        max_seconds=plan.config["max_seconds"],
+        channel=source.get("channel"),
+        limits=signal_limits(plan.config),
     )
 
 

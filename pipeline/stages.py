@@ -24,7 +24,7 @@ import pyarrow as pa
 from infra import storage
 from pipeline.plan import Round, read_rows, shard_digest
 from pipeline.shards import Sample, write_shard
-from pipeline.tokenize_config import TokenizeConfig
+from pipeline.tokenize_config import TokenizeConfig, signal_limits
 from pipeline.utterances import Unusable
 
 
@@ -80,13 +80,10 @@ class Decode:
 
     def decoded(self, row: dict[str, Any]) -> dict[str, Any]:
         """What is known of a row of a plan after this stage: fields of `DECODED`, a reject's among them."""
-        from pipeline.audio import SignalLimits, clean_audio
+        from pipeline.audio import clean_audio
 
         config = self.job.config
         rate = self.job.codec["sample_rate"]
-        limits = SignalLimits(
-            min_seconds=config.min_seconds, min_dbfs=config.min_loudness_db, max_clipped=config.max_clipped_fraction
-        )
         read = partial(
             clean_audio,
             storage.relative_to(self.job.audio_base, row["audio"]),
@@ -95,7 +92,7 @@ class Decode:
             target_rate=rate,
             max_seconds=config.max_seconds,
             channel=row["channel"],
-            limits=limits,
+            limits=signal_limits(vars(config)),
         )
         try:
             wave = storage.patiently(read)
@@ -235,13 +232,14 @@ class Write:
 
     def _sample(self, planned: dict[str, Any], row: dict[str, Any]) -> Sample:
         codebooks = min(self.job.config.codebooks, self.job.codec["codebooks"])
+        channel = {} if planned["channel"] is None else {"channel": planned["channel"]}
         meta = {
             "id": planned["id"],
             "text": row["text"],
             "speaker": planned["speaker"],
             "language": planned["language"],
             "seconds": round(row["samples"] / self.job.codec["sample_rate"], 6),
-            "source": {name: planned[name] for name in ("audio", "start", "duration")},
+            "source": {name: planned[name] for name in ("audio", "start", "duration")} | channel,
             "extra": json.loads(planned["extra"] or "{}"),
         }
         codes = np.frombuffer(row["codes"], dtype=np.uint16).reshape(codebooks, -1)

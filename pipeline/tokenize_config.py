@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from infra import tracking
 from infra.config import option
+
+if TYPE_CHECKING:
+    from pipeline.audio import SignalLimits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,3 +97,14 @@ compared itself (the manifest by its content, the codec by its weights)."""
 def identity(config: TokenizeConfig) -> dict[str, Any]:
     """The part of a configuration that a dataset is bound to."""
     return {field.name: getattr(config, field.name) for field in fields(config) if field.name not in CHANGEABLE}
+
+
+def signal_limits(config: Mapping[str, Any]) -> SignalLimits:
+    """What a usable utterance sounds like, by the fields of a configuration or by those that a plan keeps."""
+    from pipeline.audio import SignalLimits
+
+    return SignalLimits(
+        min_seconds=config["min_seconds"],
+        min_dbfs=config["min_loudness_db"],
+        max_clipped=config["max_clipped_fraction"],
+    )
