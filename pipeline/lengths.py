@@ -1,16 +1,18 @@
 """Utterances whose length the manifest does not tell: probed, and where too long for one piece, cut at pauses.
 
 A file that cannot be used stays in the plan as it is: decoding rejects it with its reason, and `--retry-quarantined`
-can try it again, which a plan could not. Storage that fails is another matter: then planning fails, for a plan must not
-depend on it.
+can try it again, which a plan could not. Storage that fails again and again is another matter: then planning fails, for
+a plan must not depend on it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import islice
 
+from infra import storage
 from pipeline.tokenize_config import TokenizeConfig
 from pipeline.utterances import Reject, Unusable, Utterance
 
@@ -32,7 +34,7 @@ def with_lengths(
         find_speech: speech spans in seconds of each of several recordings, None for an unusable one.
 
     Raises:
-        OSError: the storage failed.
+        OSError: the storage failed again and again.
     """
     iterator = iter(items)
     with ThreadPoolExecutor(_PROBES) as pool:
@@ -51,7 +53,7 @@ def _probed(item: Utterance | Reject) -> Utterance | Reject:
     if not _unknown(item):
         return item
     try:
-        seconds = probe(item.audio).seconds - item.start
+        seconds = storage.patiently(partial(probe, item.audio)).seconds - item.start
     except Unusable:
         return item
     return item._replace(duration=round(seconds, 6)) if seconds > 0 else item
@@ -81,7 +83,15 @@ def _segments(utterance: Utterance, spans: Spans, config: TokenizeConfig) -> Ite
     inside = [(max(a, start), min(b, end)) for a, b in spans if b > start and a < end]
     extra = {name: value for name, value in utterance.extra.items() if name != NEEDS_SEGMENTATION}
     quietest = quietest_place(utterance.audio)
-    segments = cut(inside, config.segment_seconds, config.max_seconds, config.max_silence, quietest)
+
+    def place(earliest: float, latest: float) -> float:
+        return storage.patiently(partial(quietest, earliest, latest))
+
+    try:
+        segments = cut(inside, config.segment_seconds, config.max_seconds, config.max_silence, place)
+    except Unusable:
+        yield utterance
+        return
     if not segments:
         detail = f"no speech was found in {utterance.duration:.1f} s of {utterance.audio}"
         yield Reject(utterance.id, "segment", "no-speech", detail, utterance.where)

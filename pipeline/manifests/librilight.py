@@ -8,7 +8,6 @@ whole, marked `needs_segmentation`, for the planner to find its pauses.
 
 from __future__ import annotations
 
-import math
 import os
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -100,11 +99,21 @@ def _told(root: str, recording: tuple[str, bool]) -> tuple[str, dict[str, Any] |
         return path, {}
     url = storage.join(root, os.path.splitext(path)[0] + ".json")
     try:
-        return path, json_object(storage.read_bytes(url))
+        return path, json_object(storage.patiently(partial(_content, url)))
     except Unusable as error:
         return path, Unusable(error.reason, f"{fields.name_of(url)}: {error.detail}")
-    except OSError as error:
-        return path, Unusable("missing-file", f"{url} cannot be read: {error}")
+
+
+def _content(url: str) -> bytes:
+    """Raises Unusable where the file itself is at fault, OSError where the storage is."""
+    try:
+        return storage.read_bytes(url)
+    except FileNotFoundError:
+        raise Unusable("missing-file", "it was listed and has gone") from None
+    except IsADirectoryError:
+        raise Unusable("not-a-file", "it is a folder") from None
+    except PermissionError as error:
+        raise Unusable("no-permission", f"it may not be read: {error}") from None
 
 
 def _segments(root: str, path: str, told: dict[str, Any] | Unusable, cutting: Cutting) -> Iterator[Utterance | Reject]:
@@ -156,7 +165,7 @@ def _spans(voice_activity: Any) -> list[tuple[float, float]]:
 
 def _span(value: Any) -> tuple[float, float]:
     numbers = isinstance(value, list) and len(value) == 2 and all(type(number) in (int, float) for number in value)
-    if not numbers or not all(map(math.isfinite, value)) or not 0 <= value[0] <= value[1]:
+    if not numbers or not 0 <= value[0] <= value[1] <= fields.LONGEST_SECONDS:
         raise Unusable(
             "bad-field", f"a span of voice_activity must be [start, end] in seconds, not {fields.shown(value)}"
         )

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import soundfile as sf
 
+from infra import storage
 from pipeline.manifests import ManifestError, open_manifest
 from pipeline.utterances import Reject, Utterance
 
@@ -87,6 +88,7 @@ def test_librilight(librilight: Path) -> None:
         ('{"voice_activity": [[3.0, 2.0]]}', "bad-field"),
         ('{"voice_activity": [[-1.0, 2.0]]}', "bad-field"),
         ('{"voice_activity": [[0.0, NaN]]}', "bad-field"),
+        ('{"voice_activity": [[0.0, 1e306]]}', "bad-field"),
         ('{"speaker": [1], "voice_activity": [[0.0, 1.0]]}', "bad-field"),
     ],
 )
@@ -99,6 +101,24 @@ def test_a_bad_file_beside_a_recording_costs_only_that_recording(librilight: Pat
     added = [item for item in items if item not in before]
     assert [item for item in items if item in before] == before
     assert rejected(added) == sorted([(reason, "9/book/bad.flac"), ("missing-audio", "9/book/alone.json")])
+
+
+def test_storage_that_fails_for_a_moment_loses_no_recording(librilight: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = list(open_manifest(str(librilight)))
+    read, failed = storage.read_bytes, set()
+
+    def fails_at_first(url: str) -> bytes:
+        if url not in failed:
+            failed.add(url)
+            raise OSError("the storage has a bad moment")
+        return read(url)
+
+    monkeypatch.setattr(storage, "_PAUSES", (0.0, 0.0))
+    monkeypatch.setattr(storage, "read_bytes", fails_at_first)
+    assert list(open_manifest(str(librilight))) == expected and failed
+    monkeypatch.setattr(storage, "read_bytes", lambda url: (_ for _ in ()).throw(OSError("down")))
+    with pytest.raises(OSError, match="down"):
+        list(open_manifest(str(librilight)))
 
 
 def test_overlapping_spans_of_speech_are_one(librilight: Path) -> None:
