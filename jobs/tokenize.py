@@ -19,6 +19,8 @@ if __name__ == "__main__":
 import argparse
 import time
 from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from infra import config as configs
@@ -63,33 +65,28 @@ def main() -> int:
 def tokenize(config: TokenizeConfig, dry_run: bool, retry: bool) -> int:
     """Plans, runs and finishes; returns the exit code."""
     from pipeline import codec_weights, finalize, tokenization
-    from pipeline.progress import planning_bar
 
-    config = tokenization.resolve(config)
+    given, config = config, tokenization.resolve(config)
     codec = codec_weights.resolve(config.codec, config.codec_weights)
     manifest = tokenization.open_input(config)
-    print(
-        f"tokenize: {manifest.describe()} → {config.output}, codec {codec.identity.name} on {config.device}", flush=True
-    )
-    with planning_bar() as bar:
-
-        def planned(rows: int, seconds: float) -> None:
-            bar.set_postfix_str(f"{seconds / 3600:,.1f} h", refresh=False)
-            bar.update(rows - bar.n)
-
+    device = describe_device(given.device, config.device)
+    print(f"tokenize: {manifest.describe()} → {config.output}, codec {codec.identity.name} on {device}", flush=True)
+    with planning() as planned:
         plan = tokenization.make_plan(config, codec, manifest, dry_run, planned)
-        if dry_run:
-            bar.close()
-            print(describe_plan(plan, codec.identity.to_dict()))
-            return 0
-        if retry and not tokenization.missing_shards(plan, config.output):
+    if dry_run:
+        print(describe_plan(plan, codec.identity.to_dict()))
+        return 0
+    if retry:
+        if tokenization.missing_shards(plan, config.output):  # what they will reject is to be tried again as well
+            work(plan, config, codec, manifest.url)
+        with planning() as planned:
             plan = tokenization.add_retry_round(plan, config, planned) or plan
 
     if not tokenization.missing_shards(plan, config.output) and finalize.is_finished(plan, config.output):
         summary = finalize.read_summary(config.output)
         print("tokenize: nothing is missing")
     else:
-        summary = work(plan, config, codec)
+        summary = work(plan, config, codec, manifest.url)
     print(describe_summary(summary, config.output))
     if (fraction := finalize.reject_fraction(summary)) > config.max_reject_fraction:
         print(
@@ -101,8 +98,26 @@ def tokenize(config: TokenizeConfig, dry_run: bool, retry: bool) -> int:
     return 0
 
 
-def work(plan: Any, config: TokenizeConfig, codec: Any) -> dict[str, Any]:
-    """Makes what is missing and finishes the dataset, under one MLflow run; returns the summary."""
+@contextmanager
+def planning() -> Iterator[Callable[[int, float], None]]:
+    """A bar, as what planning reports to: rows and seconds so far."""
+    from pipeline.progress import planning_bar
+
+    with planning_bar() as bar:
+
+        def planned(rows: int, seconds: float) -> None:
+            bar.set_postfix_str(f"{seconds / 3600:,.1f} h", refresh=False)
+            bar.update(rows - bar.n)
+
+        yield planned
+
+
+def work(plan: Any, config: TokenizeConfig, codec: Any, source: str) -> dict[str, Any]:
+    """Makes what is missing of what the manifest `source` names and finishes the dataset, under one MLflow run.
+
+    Returns:
+        the summary.
+    """
     from infra import storage, tracking
     from pipeline import finalize, tokenization
     from pipeline.progress import audio_bar
@@ -111,19 +126,21 @@ def work(plan: Any, config: TokenizeConfig, codec: Any) -> dict[str, Any]:
     missing = tokenization.missing_shards(plan, config.output)
     planned = sum(round_.seconds for round_ in plan.rounds)
     todo = planned * len(missing) / max(len(plan.shards), 1)
+    there = sorted(set(plan.shards) - set(missing))
+    hours = sum(sidecar["seconds"] for sidecar in tokenization.read_sidecars(config.output, there)) / 3600
     done: Counter = Counter()
     start = time.monotonic()
     name = os.path.basename(config.output)
     with tracking.track(
         config.experiment,
         name,
-        config=identity(config) | {"input": config.input, "output": config.output},
+        config=identity(config) | {"input": source, "output": config.output},
         tags={"plan": plan.digest, "codec": plan.codec["name"], "codec_digest": plan.codec["digest"]},
         run_id=tracking.known_run(config.output),
         tracking=config.tracking,
     ) as run:
         tracking.remember_run(config.output, run)
-        run.log_input(os.path.basename(config.input), plan.manifest["sha256"], config.input)
+        run.log_input(os.path.basename(source), plan.manifest["sha256"], source)
         with audio_bar(planned / 3600, (planned - todo) / 3600) as bar:
 
             def on_progress(row: dict[str, Any]) -> None:
@@ -135,7 +152,8 @@ def work(plan: Any, config: TokenizeConfig, codec: Any) -> dict[str, Any]:
                 bar.set_postfix_str(f"{rate:,.0f} × real time, {done['rejects']} rejects", refresh=False)
                 bar.update(row["seconds"] / 3600)
                 if row["sidecar"]:
-                    run.log_metrics({"hours": done["seconds"] / 3600, "times_real_time": rate}, step=done["shards"])
+                    so_far = {"hours": hours + done["seconds"] / 3600, "times_real_time": rate}
+                    run.log_metrics(so_far, step=len(there) + done["shards"])
 
             tokenization.run(plan, config, codec, on_progress)
         wall = time.monotonic() - start
@@ -174,6 +192,13 @@ def make_demo_corpus(folder: str) -> None:
             bar.update(done - bar.n)
 
         make(DemoConfig(output=folder, engine="hibari"), on_progress)
+
+
+def describe_device(asked: str, found: str) -> str:
+    """Where the codec runs; why, where nobody asked for it and it is the slow place."""
+    if (asked, found) == ("auto", "cpu"):
+        return "cpu (auto: no GPU is up; --device cuda waits for one)"
+    return found
 
 
 def describe_plan(plan: Any, codec: dict[str, Any]) -> str:

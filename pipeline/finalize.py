@@ -31,7 +31,7 @@ def summarize(plan: Plan, dataset: str, title: str) -> dict[str, Any]:
     rejects = Counter(plan.rejects)
     shardlist, digest = [], hashlib.sha256()
     made_by: dict[str, set[str]] = {}
-    for sidecar in read_sidecars(plan, dataset):
+    for sidecar in read_sidecars(dataset, plan.shards):
         rejects.update(sidecar["rejects"])
         totals.update({field: sidecar[field] for field in ("samples", "seconds", "frames", "bytes")})
         digest.update(bytes.fromhex(sidecar["sha256"]))

@@ -11,9 +11,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import math
 import platform
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from importlib.metadata import version
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -144,12 +146,12 @@ def run(
     _remove_leftovers(config.output)  # of writers that were killed meanwhile
 
 
-def read_sidecars(plan: Plan, dataset: str) -> Iterator[dict[str, Any]]:
-    """Every shard's sidecar in order; read by some threads at once, since object stores are slow one at a time."""
+def read_sidecars(dataset: str, which: Iterable[int]) -> Iterator[dict[str, Any]]:
+    """Shards' sidecars in the order asked for; read by threads, since object stores are slow one at a time."""
     from concurrent.futures import ThreadPoolExecutor
 
     with ThreadPoolExecutor(32) as pool:
-        todo = iter(plan.shards)
+        todo = iter(which)
         while chunk := list(islice(todo, 1024)):
             yield from pool.map(lambda shard: json.loads(storage.read_bytes(shards.sidecar_url(dataset, shard))), chunk)
 
@@ -168,7 +170,7 @@ def _speech_of(recording: str) -> list[tuple[float, float]] | None:
     from pipeline.segmentation import vad_spans
 
     try:
-        return vad_spans(recording)
+        return storage.patiently(partial(vad_spans, recording))
     except Unusable:
         return None
 
@@ -278,18 +280,29 @@ def graph(job: Job, weights: Any, wave: list[tuple[int, int]]) -> Dataset:
 def _codec_resources(config: TokenizeConfig, batches: int) -> dict[str, Any]:
     import ray
 
-    resources = ray.cluster_resources()
     if config.device == "cuda":
-        fits = int(resources.get("GPU", 0) / config.codec_gpus)
+        kind, kept, each = "GPU", 0.0, config.codec_gpus
         demand = {"num_gpus": config.codec_gpus, "num_cpus": config.decode_cpus}
     else:
         # Two decoding tasks' worth of CPU stays free, or nothing would ever reach the codec. The same holds on what a
         # lost node leaves: a CPU has room for a codec actor, a decoding task and Collect.
-        fits = int((resources.get("CPU", 1) - 2 * config.decode_cpus) / config.codec_cpus)
+        kind, kept, each = "CPU", 2 * config.decode_cpus, config.codec_cpus
         demand = {"num_cpus": config.codec_cpus}
-    most = max(1, min(config.codec_actors or fits, batches))
-    start = max(1, min(most, fits))
+    now, later = ((amount - kept) / each for amount in _amounts(kind))
+    most = max(1, int(min(config.codec_actors or later, batches)))
+    start = max(1, min(most, int(now)))
     return {"compute": ray.data.ActorPoolStrategy(min_size=1, max_size=most, initial_size=start), **demand}
+
+
+def _amounts(kind: str) -> tuple[float, float]:
+    """How many CPUs or GPUs are up, and how many there may be once the cluster has grown: without limit where none is
+    up and no autoscaler says."""
+    import ray
+    from ray._private.state import state  # Ray Data asks here, too: there is no public way
+
+    now = ray.cluster_resources().get(kind, 0)
+    limits = state.get_max_resources_from_cluster_config() or {}
+    return now, max(now, limits.get(kind, 0)) or math.inf
 
 
 def _facts(config: TokenizeConfig) -> dict[str, Any]:

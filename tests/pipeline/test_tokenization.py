@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import random
 import signal
@@ -15,7 +16,7 @@ import pytest
 import soundfile
 
 from jobs.tokenize import tokenize
-from pipeline import samples, verification
+from pipeline import samples, tokenization, verification
 from pipeline.finalize import read_summary
 from pipeline.plan import PlanError
 from pipeline.tokenize_config import TokenizeConfig
@@ -67,7 +68,7 @@ def test_every_utterance_is_in_a_shard_and_verifies(undisturbed, codec):
     plan = verification.load_plan(str(undisturbed))
     assert faults_of(undisturbed) == []
     spread = list(samples.sample_spread(plan, str(undisturbed), 9))
-    assert len(spread) >= 9
+    assert len(spread) == 9
     assert verification.check_decoding(spread, samples.codec_of(plan)) == []
     assert abs(len(samples.original(plan, spread[0])) / 24_000 - spread[0].meta["seconds"]) < 1e-4
     assert "140 of 140" in (undisturbed / "README.md").read_text()
@@ -137,6 +138,8 @@ def test_a_changed_manifest_is_refused(tmp_path, codec):
 def test_a_dry_run_tells_the_plan_and_writes_nothing(tmp_path, corpus, codec, capsys):
     assert tokenize(config_of(corpus, tmp_path / "tokens", codec), True, False) == 0
     assert "140 utterances" in capsys.readouterr().out
+    assert tokenize(config_of(corpus, tmp_path / "tokens", codec, device="auto"), True, False) == 0
+    assert "on cpu (auto: no GPU is up; --device cuda waits for one)" in capsys.readouterr().out.splitlines()[0]
     assert not (tmp_path / "tokens").exists()
 
 
@@ -152,6 +155,65 @@ def test_codec_actors_ask_for_gpus_where_the_codec_runs_on_them(tmp_path, corpus
         asked[stage.name] = stage.ray_remote_args.get("num_gpus", 0)
         (stage,) = stage.input_dependencies
     assert asked.pop("MapBatches(Encode)") == 0.5 and set(asked.values()) == {0}
+
+
+@pytest.mark.parametrize(
+    "up, limits, device, fields, expected",
+    [
+        ({"CPU": 8.0}, None, "cpu", {}, (10, 10)),
+        ({"CPU": 1.0}, None, "cpu", {}, (1, 1)),
+        ({"GPU": 2.0}, None, "cuda", {}, (2, 2)),
+        ({}, None, "cuda", {}, (100, 1)),
+        ({}, None, "cpu", {}, (100, 1)),
+        ({}, None, "cuda", {"codec_actors": 7}, (7, 1)),
+        ({"CPU": 2.0}, {"CPU": 32, "GPU": 16}, "cuda", {}, (16, 1)),
+        ({"CPU": 8.0}, {"CPU": 32}, "cpu", {}, (45, 10)),
+    ],
+)
+def test_codec_actors_grow_with_a_cluster_that_grows(monkeypatch, up, limits, device, fields, expected):
+    from ray._private.state import state
+
+    monkeypatch.setattr("ray.cluster_resources", lambda: up)
+    monkeypatch.setattr(state, "get_max_resources_from_cluster_config", lambda: limits)
+    config = TokenizeConfig(device=device, **fields)
+    strategy = tokenization._codec_resources(config, 100)["compute"]
+    assert (strategy.max_size, strategy.initial_size) == expected
+
+
+def test_more_actors_than_the_cluster_has_room_for_change_nothing(tmp_path, monkeypatch, undisturbed, corpus, codec):
+    monkeypatch.setattr(tokenization, "_amounts", lambda kind: (0.0, math.inf))
+    assert tokenize(config_of(corpus, tmp_path / "tokens", codec), False, False) == 0
+    assert contents(tmp_path / "tokens") == contents(undisturbed)
+
+
+def test_one_command_makes_what_is_missing_and_retries_its_rejects(tmp_path, codec, monkeypatch, tracking_uri):
+    import mlflow
+
+    corpus = write_corpus(tmp_path / "corpus", 130)
+    hidden = corpus.parent / "0003.flac"
+    audio = hidden.read_bytes()
+    hidden.unlink()
+    monkeypatch.chdir(corpus.parent)
+    config = config_of("manifest.jsonl", tmp_path / "tokens", codec, tracking="")
+    assert tokenize(config, False, False) == 0
+    before = read_summary(config.output)
+    assert before["rejects"] == {"decode/missing-file": 1} and len(before["shardlist"]) > 1
+    hidden.write_bytes(audio)
+    (tmp_path / "tokens/shards/000001.json").unlink()
+    assert tokenize(config, False, True) == 0
+    summary = read_summary(config.output)
+    assert (summary["samples"], summary["rejects"]) == (130, {})
+
+    client = mlflow.MlflowClient(tracking_uri)
+    run = client.get_run(json.loads((tmp_path / "tokens/mlflow-run.json").read_text())["run_id"])
+    assert run.data.params["input"] == str(corpus)
+    sources = {i.dataset.name: json.loads(i.dataset.source)["uri"] for i in run.inputs.dataset_inputs}
+    assert sources["manifest.jsonl"] == str(corpus)
+    hours = client.get_metric_history(run.info.run_id, "hours")
+    assert max(metric.value for metric in hours) == pytest.approx(summary["hours"], rel=0.01)
+    assert max(metric.step for metric in hours) == len(verification.load_plan(config.output).shards)
+    latest = [metric.value for metric in hours if metric.step == len(before["shardlist"])]
+    assert latest == pytest.approx([before["hours"]] * 2, rel=0.01)
 
 
 def test_rejects_are_tried_again_and_only_they(tmp_path, codec):
