@@ -60,11 +60,23 @@ def filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
     return fsspec.core.url_to_fs(url)
 
 
+@contextmanager
+def as_os_errors(url: str) -> Iterator[None]:
+    """Failures of the block as OSError: clients have exceptions of their own for a service that does not answer."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        raise OSError(f"{url}: {type(error).__name__}: {error}") from error
+
+
 def exists(url: str) -> bool:
     if is_local(url):
         return os.path.exists(absolute(url))
     fs, path = filesystem(url)
-    return fs.exists(path)
+    with as_os_errors(url):
+        return fs.exists(path)
 
 
 def patiently(read: Callable[[], Result]) -> Result:
@@ -82,7 +94,8 @@ def read_bytes(url: str) -> bytes:
         with open(absolute(url), "rb") as file:
             return file.read()
     fs, path = filesystem(url)
-    return fs.cat_file(path)
+    with as_os_errors(url):
+        return fs.cat_file(path)
 
 
 def read_range(url: str, start: int, stop: int) -> bytes:
@@ -92,7 +105,8 @@ def read_range(url: str, start: int, stop: int) -> bytes:
             file.seek(start)
             return file.read(stop - start)
     fs, path = filesystem(url)
-    return fs.cat_file(path, start=start, end=stop)
+    with as_os_errors(url):
+        return fs.cat_file(path, start=start, end=stop)
 
 
 def read_text(url: str) -> str:
@@ -103,7 +117,8 @@ def write_bytes(url: str, data: bytes) -> None:
     """Writes `data` whole: after a crash at any moment the target is the old file or the new one."""
     if not is_local(url):
         fs, path = filesystem(url)
-        fs.pipe_file(path, data)
+        with as_os_errors(url):
+            fs.pipe_file(path, data)
         return
     with _replacing(absolute(url)) as file:
         file.write(data)
@@ -119,17 +134,17 @@ def names(url: str) -> list[str]:
         folder = absolute(url)
         return sorted(e.name for e in os.scandir(folder) if e.is_file()) if os.path.isdir(folder) else []
     fs, path = filesystem(url)
-    fs.invalidate_cache(path)
-    if not fs.exists(path):
-        return []
-    return sorted(posixpath.basename(p) for p in fs.ls(path, detail=False))
+    with as_os_errors(url):
+        fs.invalidate_cache(path)
+        return sorted(posixpath.basename(p) for p in fs.ls(path, detail=False)) if fs.exists(path) else []
 
 
 def remove(url: str) -> None:
     """Removes a file or a folder with all that is in it; nothing happens where there is none."""
     fs, path = filesystem(url)
-    if fs.exists(path):
-        fs.rm(path, recursive=True)
+    with as_os_errors(url):
+        if fs.exists(path):
+            fs.rm(path, recursive=True)
 
 
 def remove_leftovers(url: str) -> int:
@@ -144,10 +159,21 @@ def upload(local: str, url: str) -> None:
     """Puts a local file at `url`, whole or not at all, without holding it in memory."""
     if not is_local(url):
         fs, path = filesystem(url)
-        fs.put_file(local, path)
+        with as_os_errors(url):
+            fs.put_file(local, path)
         return
     with open(local, "rb") as source, _replacing(absolute(url)) as file:
         shutil.copyfileobj(source, file, 1 << 20)
+
+
+def download(url: str, local: str) -> None:
+    """Copies a file, or a folder with all that is in it, to the local path `local`, which does not exist yet."""
+    fs, path = filesystem(url)
+    with as_os_errors(url):
+        if fs.isdir(path):
+            fs.get(path.rstrip("/") + "/", f"{local}/", recursive=True)
+        else:
+            fs.get_file(path, local)
 
 
 @contextmanager

@@ -242,12 +242,8 @@ def _open_remote(url: str) -> BinaryIO:
     except ValueError as error:  # an unknown protocol
         raise Unusable("missing-file", f"{url!r}: {error}") from None
     kept = {"maxblocks": _REMOTE_BLOCKS_KEPT}
-    try:
+    with storage.as_os_errors(url):
         return fs.open(path, "rb", block_size=_REMOTE_BLOCK, cache_type="blockcache", cache_options=kept)
-    except OSError:
-        raise
-    except Exception as error:  # clients have their own exceptions for a service that does not answer
-        raise OSError(f"{url}: {type(error).__name__}: {error}") from error
 
 
 class _Remembering:

@@ -31,6 +31,10 @@ class BadSample(NamedTuple):
     reason: str
 
 
+class _Lost(ValueError):
+    """Bytes that the storage does not have: asking again would not bring them."""
+
+
 class SampleReader:
     """Reads any samples of an index, from several threads if need be.
 
@@ -50,6 +54,9 @@ class SampleReader:
 
         Args:
             rows: int [n] of the index, in any order, selected or not.
+
+        Raises:
+            OSError: the storage failed, and went on failing; that is not held against the samples.
         """
         good: dict[int, shards.Sample] = {}
         bad: list[BadSample] = []
@@ -57,7 +64,7 @@ class SampleReader:
             start, stop = self._span(together)
             try:
                 data = self._bytes(shard, start, stop)
-            except OSError as error:
+            except _Lost as error:
                 bad += [BadSample(row, shard.url, str(error)) for row in together]
                 continue
             for row in together:
@@ -90,9 +97,14 @@ class SampleReader:
         return int(offset[rows[0]]), int(offset[rows[-1]]) + int(size[rows[-1]])
 
     def _bytes(self, shard: ShardFile, start: int, stop: int) -> bytes:
-        """A stretch of a shard. Storage that fails is tried again; a shard that is not there is not asked for twice."""
+        """A stretch of a shard. Storage that fails is tried again; a shard that is not there is not asked for twice.
+
+        Raises:
+            _Lost: the shard is not there, is damaged, or ends before `start`.
+            OSError: the storage failed each time.
+        """
         if shard.url in self._unreadable:
-            raise OSError(self._unreadable[shard.url])
+            raise _Lost(self._unreadable[shard.url])
         pauses = iter(_PAUSES)
         while True:
             try:
@@ -101,10 +113,10 @@ class SampleReader:
                 return storage.read_range(shard.url, start, stop)
             except (FileNotFoundError, DamagedShard) as error:
                 self._unreadable[shard.url] = f"the shard cannot be read: {error}"
-                raise OSError(self._unreadable[shard.url]) from None
+                raise _Lost(self._unreadable[shard.url]) from None
             except OSError as error:
                 if error.errno == errno.EINVAL:  # what S3 answers where the object ends before `start`
-                    raise
+                    raise _Lost(str(error)) from None
                 if (pause := next(pauses, None)) is None:
                     raise
                 time.sleep(pause)

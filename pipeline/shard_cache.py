@@ -36,7 +36,7 @@ class ShardCache:
 
         Raises:
             DamagedShard: it has another size than it should.
-        OSError: it cannot be read where it lies.
+            OSError: it cannot be read where it lies.
         """
         path = os.path.join(self.folder, f"{shard.sha256[:40]}.tar")
         while True:
@@ -54,8 +54,7 @@ class ShardCache:
                 return None
             temporary = f"{path}.part-{uuid.uuid4().hex[:8]}"
             try:
-                fs, remote = storage.filesystem(shard.url)
-                fs.get_file(remote, temporary)
+                storage.download(shard.url, temporary)
                 size = os.path.getsize(temporary)
                 if size != shard.bytes:
                     raise DamagedShard(f"it has {size} bytes instead of {shard.bytes}")

@@ -62,6 +62,35 @@ def test_upload_brings_a_file_whole(base: str, tmp_path: Path) -> None:
     assert storage.read_bytes(storage.join(base, "there")) == content
 
 
+def test_download_brings_files_and_folders(base: str, tmp_path: Path) -> None:
+    for name in ("a.bin", "deeper/b.bin"):
+        storage.write_bytes(storage.join(base, "folder", name), name.encode())
+    storage.download(storage.join(base, "folder", "a.bin"), str(tmp_path / "one"))
+    assert (tmp_path / "one").read_bytes() == b"a.bin"
+    storage.download(storage.join(base, "folder"), str(tmp_path / "all"))
+    found = {str(f.relative_to(tmp_path / "all")): f.read_bytes() for f in (tmp_path / "all").rglob("*.bin")}
+    assert found == {"a.bin": b"a.bin", "deeper/b.bin": b"deeper/b.bin"}
+
+
+def test_a_service_that_does_not_answer_is_an_os_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    import fsspec
+
+    for name, value in {
+        "AWS_ENDPOINT_URL": "http://127.0.0.1:9",
+        "AWS_ACCESS_KEY_ID": "testing",
+        "AWS_SECRET_ACCESS_KEY": "testing",
+        "AWS_MAX_ATTEMPTS": "1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
+    try:
+        for ask in (lambda url: storage.read_range(url, 0, 5), storage.read_bytes, storage.exists, storage.names):
+            with pytest.raises(OSError, match=r"s3://bucket/a: .*connect"):
+                ask("s3://bucket/a")
+    finally:
+        fsspec.get_filesystem_class("s3").clear_instance_cache()
+
+
 @given(st.binary(max_size=300), st.integers(0, 400), st.integers(0, 400))
 def test_a_range_is_a_slice(content: bytes, start: int, length: int) -> None:
     storage.write_bytes("memory://ranges/x", content)

@@ -163,8 +163,22 @@ def test_storage_that_fails_is_asked_again(dataset, monkeypatch):
     good, bad = reader.read(np.array([0]))
     assert good and not bad
     failures += [OSError("timed out")] * 3
-    assert reader.read(np.array([0]))[1][0].reason == "timed out"
+    with pytest.raises(OSError, match="timed out"):
+        reader.read(np.array([0]))
     assert reader.read(np.array([0]))[0], "a failure of the storage is not held against the shard"
+
+
+def test_storage_that_goes_on_failing_ends_the_run_with_its_own_error(dataset, monkeypatch):
+    """So that the workers are started again: samples that storage kept back are neither damaged nor left out."""
+
+    def fails(*span):
+        raise OSError("timed out")
+
+    monkeypatch.setattr(storage, "read_range", fails)
+    monkeypatch.setattr("pipeline.sample_reader._PAUSES", (0,))
+    with Loader(schedule_of(TokenIndex.open(dataset[0]))) as loader, pytest.raises(OSError, match="timed out"):
+        next(iter(loader))
+    assert not loader.bad
 
 
 # Damage.
