@@ -58,17 +58,16 @@ def newest(run: str) -> Checkpoint | None:
 
 
 def opened(url: str) -> Checkpoint | None:
-    """The checkpoint in a folder; None, and a line on stderr, where it was never finished or has lost files."""
-    try:
-        facts = json.loads(storage.read_bytes(storage.join(url, FACTS)))
-        sizes = _sizes(url)
-    except (OSError, ValueError) as error:
-        print(f"checkpoint {url} was not finished ({error}); using an earlier one", file=sys.stderr)
+    """The checkpoint in a folder; None, and a line on stderr, where it was never finished or has lost files.
+
+    Raises:
+        OSError: the storage does not answer, which says nothing about the checkpoint.
+    """
+    found = _read(url)
+    if isinstance(found, str):
+        print(f"checkpoint {url} {found}; using an earlier one", file=sys.stderr)
         return None
-    if lost := [name for name, size in facts["files"].items() if sizes.get(name) != size]:
-        print(f"checkpoint {url} has lost {', '.join(lost)}; using an earlier one", file=sys.stderr)
-        return None
-    return Checkpoint(url, facts)
+    return found
 
 
 def save(engine: Engine, run: str, step: int, facts: dict[str, Any], keep: int) -> None:
@@ -91,7 +90,7 @@ def save(engine: Engine, run: str, step: int, facts: dict[str, Any], keep: int) 
         noted = {"step": step, "world": engine.world, "stage": engine.stage, "usual": engine.optimiser.usual}
         content = json.dumps(facts | noted | {"files": _sizes(url)}, indent=1)
         storage.write_text(storage.join(url, FACTS), content + "\n")
-        _remove_old(run, keep)
+        _remove_old(run, name_of(step), keep)
     dist.barrier()
 
 
@@ -139,8 +138,7 @@ def local_copy(url: str) -> Iterator[Path]:
         return
     with tempfile.TemporaryDirectory(prefix="lina-checkpoint-") as temporary:
         folder = Path(temporary, url.rstrip("/").rsplit("/", 1)[1])
-        fs, path = storage.filesystem(url)
-        fs.get(path.rstrip("/") + "/", f"{folder}/", recursive=True)
+        storage.download(url, str(folder))
         yield folder
 
 
@@ -167,7 +165,8 @@ def _universal(checkpoint: Checkpoint, stage: int) -> Checkpoint:
                 )
             if not storage.is_local(url):
                 fs, path = storage.filesystem(url)
-                fs.put(f"{target}/", path.rstrip("/") + "/", recursive=True)
+                with storage.as_os_errors(url):
+                    fs.put(f"{target}/", path.rstrip("/") + "/", recursive=True)
         storage.write_text(facts, json.dumps(checkpoint.facts) + "\n")
     return Checkpoint(url, checkpoint.facts)
 
@@ -179,25 +178,50 @@ def _family(stage: int) -> int:
 
 def _names(run: str) -> list[str]:
     """Sorted names of the run's checkpoints, finished or not."""
-    fs, path = storage.filesystem(storage.join(run, FOLDER))
-    fs.invalidate_cache()
-    if not fs.exists(path):
-        return []
-    names = sorted(entry.rstrip("/").rsplit("/", 1)[1] for entry in fs.ls(path, detail=False))
+    url = storage.join(run, FOLDER)
+    fs, path = storage.filesystem(url)
+    with storage.as_os_errors(url):
+        fs.invalidate_cache()
+        entries = fs.ls(path, detail=False) if fs.exists(path) else []
+    names = sorted(entry.rstrip("/").rsplit("/", 1)[1] for entry in entries)
     return [name for name in names if name.startswith("step-") and not name.endswith(_UNIVERSAL)]
+
+
+def _read(url: str) -> Checkpoint | str:
+    """The checkpoint in a folder, or why there is none. Raises OSError."""
+    try:
+        facts = json.loads(storage.read_bytes(storage.join(url, FACTS)))
+        sizes = _sizes(url)
+    except (FileNotFoundError, NotADirectoryError, ValueError) as error:
+        return f"was not finished ({error})"
+    if lost := [name for name, size in facts["files"].items() if sizes.get(name) != size]:
+        return f"has lost {', '.join(lost)}"
+    return Checkpoint(url, facts)
 
 
 def _sizes(url: str) -> dict[str, int]:
     """Bytes of each of DeepSpeed's files directly in a folder."""
+    return {name: size for name, size in _files(url).items() if name != FACTS and name[0] != "."}
+
+
+def _files(url: str) -> dict[str, int]:
+    """Bytes of each file directly in a folder."""
     fs, path = storage.filesystem(url)
-    fs.invalidate_cache()
-    entries = {entry["name"].rsplit("/", 1)[1]: entry for entry in fs.ls(path, detail=True)}
-    return {n: e["size"] for n, e in sorted(entries.items()) if e["type"] == "file" and n != FACTS and n[0] != "."}
+    with storage.as_os_errors(url):
+        fs.invalidate_cache()
+        entries = fs.ls(path, detail=True)
+    return {e["name"].rsplit("/", 1)[1]: e["size"] for e in entries if e["type"] == "file"}
 
 
-def _remove_old(run: str, keep: int) -> None:
-    for name in _names(run)[:-keep]:
+def _remove_old(run: str, written: str, keep: int) -> None:
+    """Leaves the newest `keep` finished ones, with the one just `written`, and nothing older or unfinished."""
+    names = _names(run)
+    finished = [n for n in names if n == written or not isinstance(_read(storage.join(run, FOLDER, n)), str)]
+    kept = {written, *finished[-keep:]}
+    for name in names:
         url = storage.join(run, FOLDER, name)
+        if name in kept or (name > min(kept) and FACTS in _files(url)):
+            continue
         # First what makes it a finished one: a removal that is cut off must not look like a damaged checkpoint
         for folder in (url, url + _UNIVERSAL):
             storage.remove(storage.join(folder, FACTS))

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from infra import storage
 from model.checkpoint import unpack
 from model.lina import Batch, Lina
 from pipeline import model_export
@@ -178,6 +179,28 @@ def test_a_damaged_checkpoint_is_passed_over_and_old_ones_go(sizes: str, tmp_pat
     (folder / checkpoints.name_of(3) / checkpoints.FACTS).unlink()
     assert checkpoints.newest(str(tmp_path)).step == 2
     assert "has lost mp_rank_00_model_states.pt" in (said := capsys.readouterr().err) and "not finished" in said
+
+
+def test_what_was_never_finished_costs_no_finished_checkpoint(sizes: str, tmp_path: Path) -> None:
+    """Killed while it wrote step 3, resumed from 2, and stopped before it came to 3 again."""
+    config, folder = recipe(sizes), tmp_path / "checkpoints"
+    training = engine(config)
+    checkpoints.save(training, str(tmp_path), 20, facts(config), keep=1)
+    unfinished = folder / checkpoints.name_of(30)
+    unfinished.mkdir()
+    (unfinished / "mp_rank_00_model_states.pt").write_bytes(b"half")
+    checkpoints.save(training, str(tmp_path), 25, facts(config), keep=1)
+    assert checkpoints.newest(str(tmp_path)).step == 25
+    assert [path.name for path in folder.iterdir()] == [checkpoints.name_of(25)]
+    (folder / checkpoints.name_of(22)).mkdir()
+    checkpoints.save(training, str(tmp_path), 28, facts(config), keep=2)
+    assert sorted(path.name for path in folder.iterdir()) == [checkpoints.name_of(step) for step in (25, 28)]
+
+
+def test_a_storage_that_does_not_answer_is_no_missing_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage, "read_bytes", lambda url: (_ for _ in ()).throw(TimeoutError("no answer")))
+    with pytest.raises(TimeoutError):
+        checkpoints.opened("s3://bucket/run/checkpoints/step-00000001")
 
 
 def test_checkpoints_live_on_object_storage_too(sizes: str, bucket: str) -> None:
