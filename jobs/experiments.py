@@ -4,7 +4,8 @@
     python jobs/experiments.py ist-ablation --speakers speakers.jsonl             # the embedded model
     python jobs/experiments.py data-amount --speakers speakers.jsonl --amounts 3,10,30,100
     ray job submit -- python jobs/experiments.py robustness --speakers speakers.jsonl --people 40 --listen 10
-    ray job submit -- python jobs/experiments.py gla-vs-attention --data data/demo/tokens --config large.yaml
+    ray job submit -- python jobs/experiments.py gla-vs-attention --data data/demo/tokens \\
+        --config infra/configs/experiments/large.yaml
 
 Writes <output>/NAME/results.json and plots, and <output>/report.md. The same command again does only what is missing.
 Exit codes: 0 done; 1 failed; 2 the command is wrong.
@@ -59,6 +60,7 @@ def main() -> int:
     from pipeline.token_index import DataError
     from pipeline.training_checkpoints import CheckpointError
     from pipeline.training_data import PretrainError
+    from pipeline.utterances import Unusable
 
     try:
         with cluster.connect():
@@ -66,9 +68,18 @@ def main() -> int:
     except (
         *(CodecError, DataError, EvaluationError, ExperimentError, ManifestError, ModelError),
         *(CheckpointError, PretrainError, TranscriptionUnavailable, cluster.ClusterError, tracking.TrackingError),
+        Unusable,
     ) as error:
-        print(f"experiments: {error}", file=sys.stderr)
+        print(f"experiments: {told(error)}", file=sys.stderr)
         return 2
+    except OSError as error:
+        print(f"experiments: the storage failed, and the same command goes on: {told(error)}", file=sys.stderr)
+        return 1
+
+
+def told(error: BaseException) -> BaseException:
+    """What a worker raised, without the worker's stack."""
+    return getattr(error, "cause", None) or error
 
 
 def perform(name: str, config: ExperimentsConfig) -> int:

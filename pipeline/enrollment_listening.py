@@ -47,9 +47,9 @@ def listen(batch: Batch, results: Results) -> None:
     config = batch.config
     device = "cuda" if on_gpu(config) else "cpu"
     task = ray.remote(speak).options(num_cpus=1, num_gpus=config.codec_gpus if device == "cuda" else 0)
-    said, note = ray.get(task.remote(config, batch.codec, _chosen(batch, results), device))
-    if note:
-        print(f"enroll: what was said is not measured: {note}", file=sys.stderr)
+    said, notes = ray.get(task.remote(config, batch.codec, _chosen(batch, results), device))
+    for note in notes:
+        print(f"enroll: {note}", file=sys.stderr)
     rows = {row["speaker"]: row for row in results.rows}
     for one in said:
         results.said[one.speaker] = one.content
@@ -58,12 +58,12 @@ def listen(batch: Batch, results: Results) -> None:
 
 def speak(
     config: EnrollConfig, codec: ResolvedCodec, chosen: Sequence[Chosen], device: str
-) -> tuple[list[Said], str | None]:
-    """(what the voices say, why it is not measured)."""
+) -> tuple[list[Said], list[str]]:
+    """(what the voices say, why some of it is missing or not measured)."""
     import torch
 
     from pipeline.speaking_voices import read_voice
-    from pipeline.speech_files import encode
+    from pipeline.speech_files import SpeechFileError, encode
     from pipeline.speech_lines import Line, derived
     from pipeline.speech_stage import describe, provenance_of
     from pipeline.synthesis import Synthesizer, read_model
@@ -73,18 +73,22 @@ def speak(
     voices = {one.speaker: read_voice(one.url, synthesizer.card, one.speaker) for one in chosen}
     lines = ((name, Line(config.sentence, voice, derived(config.seed, name))) for name, voice in voices.items())
     heard = dict(synthesizer.speak(lines))
-    judge, note = _judge()
-    said = []
+    judge, reason = _judge()
+    said, notes = [], [f"what was said is not measured: {reason}"] if reason else []
     for one in chosen:
         spoken = heard[one.speaker]
         if isinstance(spoken, Unusable):
-            return said, f"the sentence cannot be said: {spoken.detail}"
+            return said, [f"the sentence cannot be said: {spoken.detail}"]
         details = {"report": describe(spoken)}
         provenance = provenance_of(synthesizer.card.fingerprint, voices[one.speaker], config.sentence, details)
-        content = encode(spoken.samples, spoken.rate, provenance, "opus") if len(spoken.samples) else b""
+        try:
+            content = encode(spoken.samples, spoken.rate, provenance, "opus") if len(spoken.samples) else b""
+        except SpeechFileError as error:
+            content = b""
+            notes.append(f"the report cannot play {one.speaker!r}: {error}")
         figures = judge(spoken.samples, spoken.rate, config.sentence, one) if judge else (None, None)
         said.append(Said(one.speaker, content, *figures))
-    return said, note
+    return said, notes
 
 
 def _chosen(batch: Batch, results: Results) -> list[Chosen]:
@@ -124,7 +128,9 @@ def _likeness(samples: np.ndarray, rate: int, one: Chosen) -> float | None:
     prints = []
     for original in one.originals:
         try:
-            wave = clean_audio(original.audio, original.start, original.duration, target_rate=rate)
+            wave = clean_audio(
+                original.audio, original.start, original.duration, target_rate=rate, channel=original.channel
+            )
             prints.append(measures.voice_print(wave, rate))
         except (Unusable, measures.NoVoice, OSError):
             continue

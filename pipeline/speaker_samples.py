@@ -31,7 +31,12 @@ class Encoded:
     """As a `.phones.txt` member holds them."""
     text: str
     seconds: float
-    where: str
+    source: Utterance
+    """What of which recording it is: of one that was cut, a part."""
+
+    @property
+    def where(self) -> str:
+        return _place(self.source)
 
     def to_request(self) -> dict[str, Any]:
         """As the enrollment stage takes it."""
@@ -132,8 +137,7 @@ class SampleEncoder:
         table = self._encode(table.take(usable))
         for row in table.drop_columns(["digest"]).to_pylist():
             codes = np.frombuffer(row["codes"], dtype=np.uint16).reshape(self._encode.codebooks, -1)
-            where = _place(rows[row["row"]][0])
-            yield Encoded(codes, row["phones"], row["text"], row["samples"] / self.rate, where)
+            yield Encoded(codes, row["phones"], row["text"], row["samples"] / self.rate, rows[row["row"]][0])
 
 
 def to_samples(requested: Sequence[dict[str, Any]], ids: dict[str, int]) -> list[Sample]:

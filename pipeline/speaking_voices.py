@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import json
+from itertools import accumulate
 
 from infra import storage
 from model.checkpoint import ModelCard
@@ -11,7 +13,7 @@ from model.voice_file import VoiceError, unpack
 from pipeline.speech_lines import Voice
 
 _LONGEST_CONSENT = 300
-"""Characters of the consent record that go into every file of speech; the voice's file has all of it."""
+"""Bytes, as JSON, of the consent record that go into every file of speech; the voice's file has all of it."""
 
 
 def read_voice(url: str, card: ModelCard, name: str | None = None) -> Voice:
@@ -38,6 +40,14 @@ def read_voice(url: str, card: ModelCard, name: str | None = None) -> Voice:
         name or file.speaker,
         [memory[None] for memory in dense.layers],
         None if dense.position is None else dense.position[None],
-        "{who}, {when}: {scope}".format(**file.consent)[:_LONGEST_CONSENT],
+        _short("{who}, {when}: {scope}".format(**file.consent)),
         hashlib.sha256(content).hexdigest(),
     )
+
+
+def _short(text: str) -> str:
+    """The beginning of a text that takes at most `_LONGEST_CONSENT` bytes as JSON, and is Unicode."""
+    text = text[:_LONGEST_CONSENT].encode("utf-8", "replace").decode()
+    sizes = (len(json.dumps(sign, ensure_ascii=False).encode()) - 2 for sign in text)
+    most = sum(total <= _LONGEST_CONSENT for total in accumulate(sizes))
+    return text[:most]

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from model.voice_samples import Sample
 
 KIND = "tokens"
+_HOLDS = 2
+"""Goes up when cells come to hold more of the same samples."""
 _LEAST = 2
 """Samples: one to tune on, one to measure on."""
 
@@ -37,9 +39,21 @@ class Person:
     digest: str
     """Of the tokens."""
     samples: tuple[dict[str, Any], ...]
-    """text, phones, codes (base64 of uint16), frames, seconds, and the place of each in what the speaker gave."""
-    sources: tuple[dict[str, Any], ...] = ()
-    """audio, start and duration of all that the speaker gave."""
+    """text, phones, codes (base64 of uint16), frames, seconds, the place of each in what the speaker gave, and start,
+    duration and channel of it in that recording, which may have been cut."""
+    sources: tuple[str, ...] = ()
+    """URLs of all that the speaker gave."""
+
+    def recorded(self, place: int) -> tuple[np.ndarray, int]:
+        """(float32 [time], samples a second): a sample as it was given, of clean speech.
+
+        Raises:
+            Unusable, OSError: the recording cannot be read any more.
+        """
+        from pipeline.audio import read_segment
+
+        row = self.samples[place]
+        return read_segment(self.sources[row["place"]], row["start"], row["duration"], channel=row["channel"])
 
 
 @dataclass(frozen=True)
@@ -117,7 +131,9 @@ def encode(cell: Cell, kit: _Kit) -> tuple[dict[str, Any], dict[str, Any]]:
     ]
     rejects = [{"reason": reject.reason, "where": reject.where} for reject in [*rejects, *refused]]
     digest = hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
-    sources = [{"audio": one.audio, "start": one.start, "duration": one.duration} for one in speaker.samples]
+    for row, sample in zip(rows, encoded, strict=True):
+        row |= {name: getattr(sample.source, name) for name in ("start", "duration", "channel")}
+    sources = [one.audio for one in speaker.samples]
     return {"samples": rows, "rejects": rejects, "digest": digest, "sources": sources}, {}
 
 
@@ -176,6 +192,7 @@ def _cell(kit: _Kit, speaker: Speaker, condition: str) -> Cell:
         "codec": kit.codec.identity.digest,
         "codebooks": kit.codebooks,
         "read": kit.config.enrolling().token_settings(),
+        "holds": _HOLDS,
     }
     return Cell(KIND, settings | ({} if condition == "clean" else {"seed": kit.config.seed}))
 

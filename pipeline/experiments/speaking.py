@@ -55,7 +55,6 @@ def speak(cell: Cell, kit: Kit, given: dict[str, Given]) -> dict[str, list[dict[
 def originals(cell: Cell, kit: Kit) -> dict[str, dict[str, Any]]:
     """By speaker, judgements of what it said itself: of held-out samples other than the one that voices are held
     against; of nobody who holds out a single one. With the method `codec`, of what the codec makes of them."""
-    from pipeline.audio import read_segment
     from pipeline.speakers import file_key
 
     settings, codec = cell.settings, kit.codec.build(kit.device)
@@ -65,11 +64,10 @@ def originals(cell: Cell, kit: Kit) -> dict[str, dict[str, Any]]:
         person = kit.people["clean"][name]
         for place in row["held"][1 : 1 + settings["speak"]["sentences"]]:
             sample = person.samples[place]
-            source = person.sources[sample["place"]]
             if settings["method"]["name"] == "codec":
                 (wave,), rate = codec.decode([codes_of(sample)]), codec.config.sample_rate
             else:
-                wave, rate = read_segment(source["audio"], source["start"], source["duration"])
+                wave, rate = person.recorded(place)
             url = storage.join(kit.folder, "speech", cell.name, f"{file_key(name)}-{place}.wav")
             judgement = (settings["judge"]["recogniser"], wave, rate, sample["text"], url, reference_of(kit, name))
             said.append({"text": sample["text"], "faults": [], **judged(kit.folder, *judgement)})
@@ -154,15 +152,13 @@ def judged(
 
 def reference_of(kit: Kit, name: str) -> str:
     """URL of a recording of the speaker that nothing is tuned on; written once."""
-    from pipeline.audio import read_segment
     from pipeline.experiments.people import divided
     from pipeline.speakers import file_key
 
     person = kit.people["clean"][name]
-    source = person.sources[person.samples[divided(person, kit.config)[1][0]]["place"]]
     url = storage.join(kit.folder, "speech", "reference", f"{file_key(name)}.wav")
     if not storage.exists(url):
-        storage.write_bytes(url, wav(*read_segment(source["audio"], source["start"], source["duration"])))
+        storage.write_bytes(url, wav(*person.recorded(divided(person, kit.config)[1][0])))
     return url
 
 

@@ -47,6 +47,25 @@ def test_help_does_not_wait_for_heavy_libraries(project):
     assert shown.stdout.strip().endswith("[]") and "--lora-ranks" in shown.stdout, shown.stdout[-300:] + shown.stderr
 
 
+def test_recordings_that_are_gone_are_told_without_a_stack(monkeypatch, capsys, tmp_path, local_ray):
+    from jobs import experiments
+    from tests.pipeline.speaking_model import write_speaker
+    from tests.pipeline.speech_samples import write_speakers
+
+    model, codec = write_speaker(tmp_path, ends=1.5)
+    speakers = write_speakers(tmp_path / "speakers", 2, 3)
+    words = f"ist-ablation --model {model} --codec {codec} --speakers {speakers} --people 2 --steps 1 --ranks 1 "
+    words += "--lora-ranks 1 --lrs 0.1 --prompts 1 --device cpu --tracking none --recogniser whisper-tiny.en"
+    monkeypatch.chdir(tmp_path)
+    for more in ([], ["--listen", "1"]):
+        monkeypatch.setattr(sys, "argv", ["experiments", *words.split(), *more])
+        code, told = experiments.main(), capsys.readouterr().err
+        assert (code, "Traceback" in told) == ((2, False) if more else (0, False)), told[-3000:]
+        for file in speakers.parent.glob("*.wav"):
+            file.unlink()
+    assert "experiments: missing-file: " in told
+
+
 def test_an_experiment_is_done_and_tracked(project, tracking_uri, tmp_path):
     """Decoding of untrained twins, which needs neither model nor data."""
     from mlflow import MlflowClient

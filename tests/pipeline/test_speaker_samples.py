@@ -67,5 +67,11 @@ def test_a_long_recording_without_text_is_cut_and_transcribed(codec, shared_data
     good, rejects = encoder.encode([Utterance("", f"{tmp_path}/long.wav", None, "ann")])
     assert len(good) + len(rejects) >= 2 and len(good) >= 1
     assert all(sample.seconds <= 12.1 and len(sample.text) > 3 and sample.phones for sample in good)
+    for sample in good:  # each says where in the recording it is
+        assert sample.where == f"{tmp_path}/long.wav" and sample.source.duration == pytest.approx(
+            sample.seconds, abs=0.02
+        )
+    starts = [sample.source.start for sample in good]
+    assert starts == sorted(set(starts))
     heard = sum(sample.seconds for sample in good)
     assert heard > 0.5 * sum(map(len, waves)) / 16_000

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -24,6 +25,7 @@ from pipeline.experiments.data_amount import ALL, least, single, subsets
 from pipeline.experiments.degrading import degraded
 from tests.pipeline.speaking_tokens import IDENTITY, SIZES, write_tokens
 
+CONSENT = {"who": "Ann Example", "when": "2025-03-01", "scope": "tests"}
 lengths = st.lists(st.floats(0.3, 20), min_size=1, max_size=30)
 amounts = st.lists(st.floats(0.5, 100), min_size=1, max_size=6, unique=True)
 
@@ -50,6 +52,32 @@ def test_prompts_differ_and_take_every_sample_before_any_again(count, size, most
     assert all(0 <= place < count for places in sets for place in places)
     used = [place for places in sets for place in places][:count]
     assert len(set(used)) == len(used)
+
+
+def test_a_sample_is_heard_where_it_was_cut_from(tmp_path):
+    """Of one recording: a channel, a stretch, and parts that a long one without text was cut into."""
+    from pipeline import codec_weights
+    from pipeline.experiments import people
+    from pipeline.speakers import read_speakers
+    from tests.corpora import voiced, write_codec
+
+    random, rate = np.random.default_rng(0), 24_000
+    both = np.stack([voiced(random, 3.0, rate), voiced(random, 3.0, rate)], 1)
+    soundfile.write(tmp_path / "two.wav", both, rate, subtype="FLOAT")
+    given = [{"audio": "two.wav", "text": "Rain again.", "channel": 1, "start": 0.5, "duration": 1.0}]
+    given += [{"audio": "two.wav", "text": "Rain.", "channel": 0}]
+    row = {"speaker": "ann", "samples": given, "consent": CONSENT}
+    (tmp_path / "speakers.jsonl").write_text(json.dumps(row) + "\n")
+    config = ExperimentsConfig(speakers=str(tmp_path / "speakers.jsonl"))
+    (speaker,) = read_speakers(config.speakers)
+    codec = codec_weights.resolve(write_codec(tmp_path / "codec"))
+    kit = people._Kit(config, codec, 4, "cpu", {"ann": speaker})
+    result, _ = people.encode(people._cell(kit, speaker, "clean"), kit)
+    result = json.loads(json.dumps(grid.plain(result)))
+    person = people.Person("ann", "clean", result["digest"], tuple(result["samples"]), tuple(result["sources"]))
+    for place, wanted in enumerate((both[12_000:36_000, 1], both[:, 0])):
+        wave, found = person.recorded(place)
+        assert found == rate and np.array_equal(wave, wanted)
 
 
 def test_noise_is_as_loud_as_asked_and_a_room_rings_on():
