@@ -187,18 +187,20 @@ class Run:
         self._attempt("files", lambda: self._client.log_figure(self.run_id, figure, file))
 
     def log_artifact(self, url: str, folder: str | None = None) -> None:
-        """A file of any fsspec URL, or a local folder with all in it, under `folder` of the run's artefacts."""
+        """A file, or what is in a folder, of any fsspec URL, under `folder` of the run's artefacts."""
+
+        def log(path: str) -> None:
+            put = self._client.log_artifacts if os.path.isdir(path) else self._client.log_artifact
+            put(self.run_id, path, folder)
 
         def send() -> None:
-            if not storage.is_local(url):
-                with tempfile.TemporaryDirectory() as there:
-                    copy = Path(there, url.rstrip("/").rsplit("/", 1)[1])
-                    copy.write_bytes(storage.read_bytes(url))
-                    self._client.log_artifact(self.run_id, str(copy), folder)
-            elif os.path.isdir(storage.absolute(url)):
-                self._client.log_artifacts(self.run_id, storage.absolute(url), folder)
-            else:
-                self._client.log_artifact(self.run_id, storage.absolute(url), folder)
+            if storage.is_local(url):
+                log(storage.absolute(url))
+                return
+            with tempfile.TemporaryDirectory() as there:
+                copy = os.path.join(there, url.rstrip("/").rsplit("/", 1)[1])
+                storage.download(url, copy)
+                log(copy)
 
         self._attempt("files", send)
 

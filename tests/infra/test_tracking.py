@@ -22,6 +22,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from mlflow.utils.validation import _validate_metric_name, _validate_param_name
 
+from infra import storage
 from infra.tracking import TrackingError, _name, track
 
 
@@ -68,6 +69,24 @@ def test_a_run_keeps_what_it_was_given(tracking_uri: str, tmp_path: Path) -> Non
     assert kept.info.artifact_uri.startswith(beside.as_uri()), "artefacts lie beside the database"
     data = kept.inputs.dataset_inputs[0].dataset
     assert (data.name, data.digest) == ("corpus", "f" * 36) and "f" * 64 in data.profile
+
+
+@pytest.mark.parametrize("remote", [False, True])
+def test_a_registered_model_points_at_its_files(tracking_uri: str, tmp_path: Path, bucket: str, remote: bool) -> None:
+    export = f"{bucket}/export" if remote else str(tmp_path / "export")
+    for name in ("config.json", "model.safetensors"):
+        storage.write_text(storage.join(export, name), name)
+    with track("pretrain", "night") as run:
+        run.log_artifact(storage.join(export, "config.json"), "card")
+        run.log_artifact(export, "export")
+        run.register_model("lina", "export", {"step": "5"})
+    (version,) = mlflow.MlflowClient(tracking_uri).search_model_versions("name='lina'")
+    source = Path(version.source.removeprefix("file://"))
+    assert {file.name: file.read_text() for file in source.iterdir()} == {
+        "config.json": "config.json",
+        "model.safetensors": "model.safetensors",
+    }
+    assert (source.parent / "card" / "config.json").read_text() == "config.json"
 
 
 def test_a_run_goes_on_under_its_id_and_says_what_changed(tracking_uri: str) -> None:
