@@ -169,7 +169,7 @@ class Loader:
         if (needed := 2 * sum(sizes[: self.schedule.window])) > cache_bytes and sum(sizes) > cache_bytes:
             _log.warning(
                 "the shards' cache of %.1f GB may not hold two windows of %d shards (%.1f GB): shards will be loaded "
-                "again and again; give it more, or the schedule a smaller window",
+                "again and again; raise cache_gib, or lower window",
                 cache_bytes / 1e9,
                 self.schedule.window,
                 needed / 1e9,

@@ -12,6 +12,7 @@ from typing import Any
 from infra import storage, tracking
 from infra.config import option
 from model.lina_config import PRESETS, LinaConfig, ModelError
+from pipeline.schedule import WINDOW
 
 DEEPSPEED = Path(__file__).parents[1] / "infra" / "deepspeed"
 
@@ -22,7 +23,7 @@ class PretrainConfig:
 
     data: str = option("data/demo/tokens", "dataset that jobs/tokenize.py made")
     output: str = option("out/pretrain", "folder that all nodes share, or an fsspec URL: checkpoints, export")
-    name: str = option("demo", "name of the run and of the model in MLflow's registry")
+    name: str = option("", "name of the run and of the model in MLflow's registry; empty: the last part of output")
     model: str = option("tiny", f"{', '.join(PRESETS)}, or a JSON file of sizes (fields of LinaConfig)")
     start_from: str = option("", "folder of an exported model whose weights training starts from; empty: random ones")
     codebooks: int = option(4, "codebooks that are modelled, the first ones of the dataset's")
@@ -53,6 +54,8 @@ class PretrainConfig:
     device: str = option("auto", "where the workers compute", choices=("auto", "cpu", "cuda"))
     threads: int = option(0, "CPUs of each worker; 0: all of the cluster, evenly; on GPUs 4")
     cache: str = option("", "local folder for shards of a remote dataset; empty: a folder in the user's cache")
+    cache_gib: int = option(50, "GiB that the shards in it may have; two windows of shards should fit")
+    window: int = option(WINDOW, "shards whose samples are mixed at a time: more mix better, fewer need less cache")
     prefetch: int = option(4, "steps that are read ahead")
     save_every: int = option(1000, "steps between checkpoints")
     keep: int = option(3, "checkpoints that are kept")
@@ -69,9 +72,11 @@ class PretrainConfig:
         except ModelError as error:
             raise ValueError(str(error)) from None
         counts = ("steps", "budget", "accumulate", "workers", "save_every", "keep", "evaluate_every", "prefetch")
-        for field in (*counts, "max_skipped"):
+        for field in (*counts, "max_skipped", "valid_batches", "window", "cache_gib"):
             if getattr(self, field) < 1:
                 raise ValueError(f"{field} must be at least 1, not {getattr(self, field)}")
+        if self.speak < 0:
+            raise ValueError(f"speak must not be negative, not {self.speak}")
         for field in ("learning_rate", "clip", "explode"):
             if not 0 < getattr(self, field) < math.inf:
                 raise ValueError(f"{field} must be above 0, not {getattr(self, field)}")
@@ -116,6 +121,10 @@ class PretrainConfig:
         return self.cache or str(storage.cache_folder() / "tokens")
 
     @property
+    def cache_bytes(self) -> int:
+        return self.cache_gib << 30
+
+    @property
     def zero_stage(self) -> int:
         return self.deepspeed()["zero_optimization"]["stage"]
 
@@ -131,7 +140,7 @@ class PretrainConfig:
         free = (
             *("output", "name", "workers", "device", "threads", "cache", "prefetch", "save_every", "keep", "zero"),
             *("evaluate_every", "valid_batches", "speak", "max_failures", "experiment", "tracking", "max_skipped"),
-            *("max_bad_samples", "activation_checkpointing", "accumulate", "data", "model"),
+            *("cache_gib", "max_bad_samples", "activation_checkpointing", "accumulate", "data", "model"),
             "start_from",
         )
         values = {name: value for name, value in dataclasses.asdict(self).items() if name not in free}

@@ -41,7 +41,9 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
     if nothing_left(config) and storage.exists(exported):
         print(f"pretrain: nothing is left of {config.steps:,} steps; the model is {exported}")
         return {}
-    cuda = device_of(config) == "cuda"
+    device, why = device_of(config)
+    print(f"pretrain: {config.workers} worker{'s' * (config.workers > 1)} on {device} ({why})", flush=True)
+    cuda = device == "cuda"
     cpus = config.threads or (4 if cuda else max(1, int(ray.cluster_resources().get("CPU", 1)) // config.workers))
     scaling = ray.train.ScalingConfig(
         num_workers=config.workers, use_gpu=cuda, resources_per_worker={"CPU": cpus} | ({"GPU": 1} if cuda else {})
@@ -65,12 +67,13 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
 
 
 def resolve(config: PretrainConfig) -> PretrainConfig:
-    """Relative paths are the caller's, not the workers'."""
+    """Relative paths are the caller's, not the workers'; a run without a name has that of its folder."""
     model = config.model if config.model in PRESETS else storage.absolute(config.model)
     zero = config.zero if config.zero.isdigit() else storage.absolute(config.zero)
     start = storage.absolute(config.start_from) if config.start_from else ""
     data, output = storage.absolute(config.data), storage.absolute(config.output)
-    return dataclasses.replace(config, data=data, output=output, model=model, zero=zero, start_from=start)
+    name = config.name or output.rpartition("/")[2]
+    return dataclasses.replace(config, data=data, output=output, name=name, model=model, zero=zero, start_from=start)
 
 
 def nothing_left(config: PretrainConfig) -> bool:
@@ -90,13 +93,18 @@ def nothing_left(config: PretrainConfig) -> bool:
     return found is not None and found.step >= config.steps
 
 
-def device_of(config: PretrainConfig) -> str:
-    """`auto` means a GPU where the cluster has one for each worker."""
+def device_of(config: PretrainConfig) -> tuple[str, str]:
+    """(where the workers compute, why): `auto` means a GPU where the cluster has one for each worker now."""
     import ray
 
     if config.device != "auto":
-        return config.device
-    return "cuda" if ray.cluster_resources().get("GPU", 0) >= config.workers else "cpu"
+        return config.device, "as --device says"
+    gpus = int(ray.cluster_resources().get("GPU", 0))
+    if gpus >= config.workers:
+        return "cuda", f"auto: GPUs that are up: {gpus}"
+    if gpus:
+        return "cpu", f"auto: only {gpus} of {config.workers} GPUs up; --device cuda waits for all"
+    return "cpu", "auto: no GPU is up; --device cuda waits for one"
 
 
 def _tracking_uri(config: PretrainConfig) -> str:

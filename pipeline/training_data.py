@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 from pipeline.pretrain_config import PretrainConfig
-from pipeline.schedule import Schedule
+from pipeline.schedule import WINDOW, Schedule
 from pipeline.token_index import TokenIndex
 from pipeline.training_checkpoints import Checkpoint
 from pipeline.training_start import PretrainError, starting_card
@@ -26,12 +26,13 @@ def open_index(config: PretrainConfig) -> TokenIndex:
 
 def schedule_of(config: PretrainConfig, index: TokenIndex) -> Schedule:
     train, _ = index.split(config.valid_fraction)
-    return Schedule(train, config.seed, config.budget, config.codebooks, config.accumulate)
+    return Schedule(train, config.seed, config.budget, config.codebooks, config.accumulate, config.window)
 
 
 def require_same(found: Checkpoint, config: PretrainConfig, index: TokenIndex) -> None:
     """Raises PretrainError where a checkpoint is of another dataset or another recipe, with what differs."""
-    before, now = found.facts["identity"], json.loads(json.dumps(config.identity()))
+    # Checkpoints from before the window could be chosen do not name it
+    before, now = {"window": WINDOW} | found.facts["identity"], json.loads(json.dumps(config.identity()))
     differing = [f"{name}: {before.get(name)} → {now[name]}" for name in now if before.get(name) != now[name]]
     if config.start_from:  # without it, a run goes on even where that model is gone
         started, named = found.facts["model"]["training"].get("started_from"), starting_card(config).fingerprint

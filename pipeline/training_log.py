@@ -85,7 +85,9 @@ class StepLog:
         self.run.log_metrics(metrics, step)
         self.latest |= metrics
         tell(f"step {step:6d} " + " ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
-        # What validation took is not the next step's
+
+    def go_on(self) -> None:
+        """Begins the next step's time: what a checkpoint or a validation took is not the step's."""
         self.since = time.monotonic()
 
     def _print(self, step: int, result: StepResult, rows: int) -> None:

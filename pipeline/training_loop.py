@@ -90,6 +90,7 @@ class _Loop:
             stop_step=config.steps,
             prefetch=config.prefetch,
             cache=config.cache_folder,
+            cache_bytes=config.cache_bytes,
             max_bad_samples=config.max_bad_samples,
         )
         result: StepResult | None = None
@@ -103,11 +104,12 @@ class _Loop:
                     self.log.line(done, result, self.index, schedule.batch(step), waited, len(loader.bad))
                 self._refuse_endless_skipping(result, done)
                 last = done == config.steps or result.stop
-                if done % config.evaluate_every == 0 or done == config.steps:
-                    self._evaluate(done)
                 if done % config.save_every == 0 or last:
                     self._save(done)
                     saved = done
+                # After saving: what fails here costs no steps
+                if done % config.evaluate_every == 0 or done == config.steps:
+                    self._evaluate(done)
                 if result.stop:
                     break
         if saved >= config.steps:
@@ -125,11 +127,15 @@ class _Loop:
 
     def _evaluate(self, step: int) -> None:
         metrics = validate(self.config, self.engine, self.index, self.run_, step)
-        if self.log and metrics:
-            self.log.validation(step, metrics)
+        if self.log:
+            if metrics:
+                self.log.validation(step, metrics)
+            self.log.go_on()
 
     def _save(self, step: int) -> None:
         checkpoints.save(self.engine, self.folder, step, self._facts(), self.config.keep)
+        if self.log:
+            self.log.go_on()
 
     def _facts(self) -> dict[str, Any]:
         return {
@@ -158,5 +164,6 @@ class _Loop:
         card = model_export.export(model_export.find(self.folder), output)
         tell(f"pretrain: the model of step {step:,} is in {output}, fingerprint {card.fingerprint[:16]}")
         self.run_.set_tags({"fingerprint": card.fingerprint})
-        self.run_.log_artifact(output, "export" if not storage.is_local(output) else None)
-        self.run_.register_model(self.config.name, "export", {"fingerprint": card.fingerprint, "step": str(step)})
+        self.run_.log_artifact(output, model_export.EXPORT)
+        tags = {"fingerprint": card.fingerprint, "step": str(step)}
+        self.run_.register_model(self.config.name, model_export.EXPORT, tags)

@@ -33,9 +33,10 @@ def validate(config: PretrainConfig, engine: Engine, index: TokenIndex, run: Run
     if not len(held):
         return {}
     longest = int(held.columns["frames"][held.rows].max()) + config.codebooks + 1
-    schedule = Schedule(held, 0, max(config.budget, longest * engine.world), config.codebooks)
+    schedule = Schedule(held, 0, max(config.budget, longest * engine.world), config.codebooks, window=config.window)
     count = min(config.valid_batches, schedule.steps_per_epoch())
-    with Loader(schedule, rank=engine.rank, world=engine.world, cache=config.cache_folder) as loader:
+    cache = {"cache": config.cache_folder, "cache_bytes": config.cache_bytes}
+    with Loader(schedule, rank=engine.rank, world=engine.world, **cache) as loader:
         parts = [loader.load(step)[0][0] for step in range(count)]
     loss, by_codebook = engine.loss([part.batch if part.rows.size else None for part in parts])
     metrics = {"valid.loss": loss} | {f"valid.loss.codebook.{k}": value for k, value in enumerate(by_codebook, 1)}
@@ -43,17 +44,22 @@ def validate(config: PretrainConfig, engine: Engine, index: TokenIndex, run: Run
     if weights is not None:
         model = Lina(config.sizes())
         model.load_state_dict(weights)
-        _say_some(config, model, parts[0], index.codec["sample_rate"], run, step)
+        _say_some(config, model.to(engine.device), parts[0], index.codec["sample_rate"], run, step)
     return metrics
 
 
 def _say_some(config: PretrainConfig, model: Lina, held: MicroBatch, rate: int, run: Run, step: int) -> None:
     """Says held-out sentences; audio, spectrograms and alignments become artefacts of the run."""
     batch, count = held.batch, min(config.speak, len(held.rows))
+    if not count:
+        tell(f"step {step:6d} said nothing: none of the first held-out sentences can be read")
+        return
+    device = next(model.parameters()).device
     policy = Policy(max_frames=2 * int(batch.code_lengths[:count].max()))
     with torch.no_grad():
-        spoken = speak(model, batch.phones[:count], batch.phone_lengths[:count], policy, seeds=range(count))
-    waves = _decoded(config, [speech.codes.numpy() for speech in spoken])
+        texts = (batch.phones[:count].to(device), batch.phone_lengths[:count].to(device))
+        spoken = speak(model, *texts, policy, seeds=range(count))
+    waves = _decoded(config, [speech.codes.cpu().numpy() for speech in spoken])
     for number, speech in enumerate(spoken):
         wave = None if waves is None else waves[number]
         name = f"spoken/step-{step:08d}/{number}"
@@ -69,14 +75,14 @@ def _say_some(config: PretrainConfig, model: Lina, held: MicroBatch, rate: int, 
 def _decoded(config: PretrainConfig, codes: list[np.ndarray]) -> list[np.ndarray] | None:
     """Waveforms, or None where the dataset's codec cannot be had here; codes that the model has not are left out."""
     from model.codec_config import CodecError
-    from pipeline.plan import Plan
+    from pipeline.plan import Plan, PlanError
     from pipeline.samples import codec_of
 
     try:
         if (plan := Plan.load(config.data)) is None:
             raise CodecError(f"{config.data} has no plan that says where its codec lies")
         codec = codec_of(plan)
-    except CodecError as error:
+    except (CodecError, PlanError, OSError) as error:
         tell(f"nothing to hear: {error}")
         return None
     return [codec.decode([c.astype(np.uint16)])[0] if c.shape[1] else np.zeros(1, np.float32) for c in codes]
@@ -93,7 +99,7 @@ def _picture(title: str, speech: Speech, wave: np.ndarray | None, rate: int) -> 
     if wave is not None and len(wave) > rate // 10:
         upper.imshow(log_mel(wave, rate), aspect="auto", origin="lower", cmap="magma")
     upper.set_title(title[:130], fontsize=8, loc="left")
-    lower.imshow(speech.attention.T.float().numpy(), aspect="auto", origin="lower", interpolation="nearest")
+    lower.imshow(speech.attention.T.float().cpu().numpy(), aspect="auto", origin="lower", interpolation="nearest")
     lower.set_xlabel("step"), lower.set_ylabel("phoneme")
     return figure
 

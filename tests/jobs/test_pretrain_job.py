@@ -17,8 +17,18 @@ def test_the_job_trains_on_the_demo_as_typed_and_goes_on_with_more(checkout, sub
     demo.write_text(yaml.safe_dump(yaml.safe_load(demo.read_text()) | short))
     done = submit("jobs/pretrain.py")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    for part in ("step      4 loss", "grad_norm", "tokens/s", "mfu", "wait", "valid.loss", "pretrain: loss"):
+    for part in (
+        "step      4 loss",
+        "grad_norm",
+        "tokens/s",
+        "mfu",
+        "wait",
+        "valid.loss",
+        "pretrain: loss",
+        "1 worker on cpu (auto: no GPU",
+    ):
         assert part in done.stdout, part
+    assert "pretrain: 1 worker on cpu (auto: no GPU is up" in done.stdout
     _, card = load(checkout / "data" / "demo" / "model" / "export")
     assert card.training["step"] == 4
     words = ["--config", "infra/configs/pretrain/demo.yaml", "--text-dropout", "0.2"]

@@ -88,7 +88,7 @@ def test_it_learns_validates_exports_and_is_tracked(quiet: Path, arguments: list
     assert run.info.status == "FINISHED" and run.data.tags["fingerprint"] == card.fingerprint
     assert run.data.metrics["loss"] == pytest.approx(found[STEPS])
     assert run.data.metrics["valid.loss"] < 0.6 * found[1] and "mfu" in run.data.metrics
-    assert client.get_latest_versions("demo")[0].run_id == run.info.run_id
+    assert client.get_latest_versions(quiet.name)[0].run_id == run.info.run_id
     pictures = client.list_artifacts(run.info.run_id, f"spoken/step-{STEPS:08d}")
     assert any(file.path.endswith(".png") for file in pictures)
 

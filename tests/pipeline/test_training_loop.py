@@ -1,0 +1,190 @@
+"""One worker's run in this process: what comes in which order, what its log counts, what is kept of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from pipeline import training_loop
+from pipeline import validation as validating
+from pipeline.pretrain_config import PretrainConfig
+from pipeline.training_checkpoints import newest
+from pipeline.training_start import PretrainError
+from tests.pipeline.speaking_tokens import write_sizes, write_tokens
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def process_group() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_tokens(tmp_path_factory.mktemp("loop") / "tokens")
+
+
+def recipe(data: str, folder: Path, **changes) -> PretrainConfig:
+    settings = {
+        "data": data,
+        "output": str(folder / "run"),
+        "name": "night",
+        "model": write_sizes(folder),
+        "cache": str(folder / "cache"),
+        "steps": 4,
+        "budget": 300,
+        "warmup": 1,
+        "valid_fraction": 0.2,
+        "save_every": 2,
+        "evaluate_every": 2,
+        "speak": 0,
+        "zero": "0",
+        "min_seconds": 0.1,
+    }
+    return PretrainConfig(**settings | changes)
+
+
+def train(config: PretrainConfig, uri: str = "none") -> dict:
+    return training_loop.train(config, CPU, uri, lambda: False)
+
+
+def test_a_validation_that_fails_costs_no_steps(data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object) -> None:
+        raise OSError("the storage of the held-out shards is away")
+
+    config = recipe(data, tmp_path)
+    with monkeypatch.context() as patched, pytest.raises(OSError, match="held-out"):
+        patched.setattr(training_loop, "validate", fails)
+        train(config)
+    assert newest(config.output).step == 2
+    assert train(config)["valid.loss"] > 0 and newest(config.output).step == 4
+
+
+def test_what_a_checkpoint_and_a_validation_take_is_no_steps_time(
+    data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a clock that runs on only in saving and validating: steps take no time at all."""
+    now = [0.0]
+    monkeypatch.setattr("pipeline.training_log.time", SimpleNamespace(monotonic=lambda: now[0]))
+
+    def slow(real: Callable[..., object], *given: object) -> object:
+        now[0] += 1000.0
+        return real(*given)
+
+    monkeypatch.setattr(training_loop.checkpoints, "save", partial(slow, training_loop.checkpoints.save))
+    monkeypatch.setattr(training_loop, "validate", partial(slow, training_loop.validate))
+    config = recipe(data, tmp_path, steps=3, save_every=1, evaluate_every=2)
+    train(config)
+    rows = [json.loads(line) for line in Path(config.output, "losses.jsonl").read_text().splitlines()]
+    assert len(rows) == 3 and now[0] >= 5000
+    assert all(row["tokens_per_second"] > 1e9 for row in rows)
+
+
+def test_the_registered_model_is_the_exported_one(data: str, tmp_path: Path, tracking_uri: str) -> None:
+    from mlflow import MlflowClient
+
+    config = recipe(data, tmp_path, steps=2)
+    train(config, tracking_uri)
+    (version,) = MlflowClient(tracking_uri).search_model_versions("name='night'")
+    source = Path(version.source.removeprefix("file://"))
+    for name in ("config.json", "model.safetensors"):
+        assert (source / name).read_bytes() == Path(config.output, "export", name).read_bytes()
+
+
+def test_another_window_is_another_schedule(data: str, tmp_path: Path) -> None:
+    config = recipe(data, tmp_path, steps=2)
+    train(config)
+    with pytest.raises(PretrainError, match="window: 128 → 1"):
+        train(recipe(data, tmp_path, steps=2, window=1))
+    facts = Path(newest(config.output).url, "trainer.json")
+    noted = json.loads(facts.read_text())
+    del noted["identity"]["window"]  # as runs left it that could not choose
+    facts.write_text(json.dumps(noted))
+    train(recipe(data, tmp_path, steps=2, cache_gib=7))
+
+
+def test_a_plan_that_cannot_be_read_leaves_out_the_listening(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = recipe(write_tokens(tmp_path / "tokens"), tmp_path, steps=2, speak=2)
+    Path(config.data, "plan.json").write_text("{")
+    train(config)
+    said = capsys.readouterr().out
+    assert "nothing to hear: " in said and "plan.json is damaged" in said and "said 2 sentences" in said
+
+
+def test_nothing_is_said_where_no_sentence_can_be_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from infra.tracking import Run
+    from model.lina import Lina
+    from pipeline.loader import Loader
+    from pipeline.schedule import Schedule
+    from pipeline.token_index import TokenIndex
+
+    config = recipe(write_tokens(tmp_path / "tokens"), tmp_path, speak=2)
+    for tar in Path(config.data, "shards").glob("*.tar"):
+        tar.unlink()
+    with Loader(Schedule(TokenIndex.open(config.data), budget=300)) as loader:
+        held = loader.load(0)[0][0]
+    validating._say_some(config, Lina(config.sizes()), held, 24_000, Run(), 5)
+    assert "step      5 said nothing" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ({"valid_batches": 0}, "valid_batches must be at least 1"),
+        ({"speak": -1}, "speak must not be negative"),
+        ({"window": 0}, "window must be at least 1"),
+        ({"cache_gib": 0}, "cache_gib must be at least 1"),
+    ],
+)
+def test_impossible_settings_are_refused(values: dict, says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        PretrainConfig(**values)
+
+
+def test_the_cache_has_the_size_that_is_asked_for(data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes, loader = [], training_loop.Loader
+    monkeypatch.setattr(training_loop, "Loader", lambda *a, **k: sizes.append(k["cache_bytes"]) or loader(*a, **k))
+    train(recipe(data, tmp_path, steps=1, cache_gib=3))
+    assert sizes == [3 << 30]
+
+
+@pytest.mark.parametrize(
+    ("given", "gpus", "expected"),
+    [
+        ({}, 0, ("cpu", "auto: no GPU is up; --device cuda waits for one")),
+        ({"workers": 2}, 1, ("cpu", "auto: only 1 of 2 GPUs up; --device cuda waits for all")),
+        ({"workers": 2}, 3, ("cuda", "auto: GPUs that are up: 3")),
+        ({"device": "cuda"}, 0, ("cuda", "as --device says")),
+    ],
+)
+def test_the_device_comes_with_its_reason(
+    given: dict, gpus: int, expected: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pipeline.pretraining import device_of
+
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 8.0} | ({"GPU": float(gpus)} if gpus else {}))
+    assert device_of(PretrainConfig(**given)) == expected
+
+
+def test_a_run_without_a_name_has_that_of_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pipeline.pretraining import resolve
+
+    monkeypatch.chdir(tmp_path)
+    names = {output: resolve(PretrainConfig(output=output)).name for output in ("out/ann", "s3://b/lina-169m/", "x")}
+    assert names == {"out/ann": "ann", "s3://b/lina-169m/": "lina-169m", "x": "x"}
+    assert resolve(PretrainConfig(name="mine", output="out/ann")).name == "mine"
