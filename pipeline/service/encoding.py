@@ -14,7 +14,7 @@ import unicodedata
 
 import numpy as np
 
-from pipeline.speech_files import FORMATS, Provenance, encode
+from pipeline.speech_files import FORMATS, Provenance, SpeechFileError, encode
 
 CONTAINERS = {**FORMATS, "mp3": ("MP3", "MPEG_LAYER_III")}
 """By the name of a format: libsndfile's name of it and of what is in it."""
@@ -39,7 +39,7 @@ class Encoder:
         keep: what was sent, for `mended`; otherwise a long stream takes no more memory than a short one.
 
     Raises:
-        SpeechFileError: provenance that does not fit a file.
+        SpeechFileError: provenance that does not fit a file, a rate that the format has not.
     """
 
     def __init__(self, form: str, rate: int, provenance: Provenance, keep: bool = False) -> None:
@@ -50,7 +50,10 @@ class Encoder:
             return
         container, content = CONTAINERS[form]
         rates = _CONSTANT if form == "mp3" else {}
-        self._target = soundfile.SoundFile(self._file, "w", rate, 1, content, format=container, **rates)
+        try:
+            self._target = soundfile.SoundFile(self._file, "w", rate, 1, content, format=container, **rates)
+        except soundfile.SoundFileError as error:
+            raise SpeechFileError(f"{form} does not take {rate} samples a second ({error}); use wav") from None
         for name, value in _tags(provenance).items():
             value = _ascii(value) if form == "mp3" else value
             setattr(self._target, name, value)
@@ -125,7 +128,10 @@ class _Forward(io.RawIOBase):
 
 def _endless(content: bytes) -> bytes:
     """A WAV file's beginning with the length that means: to the end."""
-    data = content.index(b"data", 12)
+    data = 12  # the first chunk; tags, which may have any word in them, are skipped whole
+    while content[data : data + 4] != b"data":
+        size = struct.unpack_from("<I", content, data + 4)[0]
+        data += 8 + size + size % 2
     return content[:4] + _UNKNOWN + content[8 : data + 4] + _UNKNOWN + content[data + 8 :]
 
 

@@ -77,7 +77,7 @@ def router(service: Service) -> APIRouter:
             provenance = _provenance(request, begun, {"report": report})
             content = await asyncio.to_thread(whole, form, samples, begun.rate, provenance)
         except SpeechFileError as error:
-            raise Refusal(500, "no_speech", f"The model said nothing that is a file: {error}") from None
+            raise _no_file(error) from None
         return Response(content, media_type=_media(form, begun.rate), headers={"X-Lina-Report": json.dumps(report)})
 
     return routes
@@ -94,6 +94,8 @@ async def _streamed(service: Service, request: SpeechRequest, form: str) -> Resp
         encoder = Encoder(form, begun.rate, _provenance(request, begun, {}))
     except BaseException as error:
         await context.__aexit__(type(error), error, error.__traceback__)
+        if isinstance(error, SpeechFileError):
+            raise _no_file(error) from None
         raise
 
     async def content() -> AsyncIterator[bytes]:
@@ -112,6 +114,10 @@ async def _streamed(service: Service, request: SpeechRequest, form: str) -> Resp
 def _provenance(request: SpeechRequest, begun: Begun, details: dict[str, Any]) -> Provenance:
     details = {"seed": request.seed, **({"voice_file": begun.voice_digest} if begun.voice_digest else {}), **details}
     return Provenance(begun.model, request.voice_name, begun.consent, request.text, details)
+
+
+def _no_file(error: SpeechFileError) -> Refusal:
+    return Refusal(500, "no_speech", f"What was said cannot be sent as a file: {error}")
 
 
 def _media(form: str, rate: int) -> str:
