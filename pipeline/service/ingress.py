@@ -25,9 +25,9 @@ def application(service: Service) -> FastAPI:
 
     @app.get("/healthz", tags=["service"])
     async def healthz() -> dict[str, Any]:
-        """Whether an engine answers; no token is needed."""
+        """Whether an engine answers, and what the page must know; no token is needed."""
         facts = await service.facts()
-        return {"status": "ok", "tokens": not service.private, **facts}
+        return {"status": "ok", "tokens": not service.private, "longest_text": service.config.longest_text, **facts}
 
     return app
 

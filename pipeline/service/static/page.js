@@ -1,7 +1,7 @@
 // The page: asks the service, plays what it says, shows what it knows.
 
-import { draw } from "/static/spectrogram.js";
-import { Stream, WavReader, joined } from "/static/sound.js";
+import { Spectrogram } from "/static/spectrogram.js";
+import { Stream, WavReader } from "/static/sound.js";
 
 const $ = (id) => document.getElementById(id);
 const canvas = $("spectrogram");
@@ -29,6 +29,8 @@ async function start() {
     const health = await (await ask("/healthz")).json();
     tell("service", `ready · ${health.codec} · ${health.rate / 1000} kHz`);
     $("service").className = "up";
+    $("text").maxLength = health.longest_text;
+    $("text").oninput();
     $("token-form").hidden = !health.tokens || Boolean(sessionStorage.getItem("token"));
     if (!health.tokens || sessionStorage.getItem("token")) {
       model = (await (await ask("/v1/models")).json()).data[0].id;
@@ -40,8 +42,19 @@ async function start() {
   }
 }
 
+/** Every voice, page after page. */
+async function allVoices() {
+  const data = [];
+  for (let after = ""; ; ) {
+    const page = await (await ask(`/v1/voices?limit=1000&after=${encodeURIComponent(after)}`)).json();
+    data.push(...page.data);
+    if (!page.has_more) return data;
+    after = page.last_id;
+  }
+}
+
 async function showVoices(chosen = $("voice").value) {
-  const { data } = await (await ask("/v1/voices?limit=1000")).json();
+  const data = await allVoices();
   const ready = data.filter((voice) => voice.status === "ready");
   $("voice").replaceChildren(...ready.map(({ id }) => new Option(id === "default" ? "default (the model’s own)" : id, id)));
   $("voice").value = ready.some(({ id }) => id === chosen) ? chosen : "default";
@@ -62,8 +75,16 @@ function voiceItem(voice) {
     remove.setAttribute("aria-label", `Delete voice ${voice.id}`);
     remove.onclick = async () => {
       if (!confirm(`Delete voice “${voice.id}”? Nobody can speak with it from then on.`)) return;
-      await ask(`/v1/voices/${encodeURIComponent(voice.id)}`, { method: "DELETE" });
-      await showVoices();
+      remove.disabled = true;
+      try {
+        await ask(`/v1/voices/${encodeURIComponent(voice.id)}`, { method: "DELETE" });
+        tell("changed", `Voice “${voice.id}” is deleted`);
+        await showVoices();
+      } catch (error) {
+        tell("changed", `Voice “${voice.id}”: ${error.message}`, true);
+      } finally {
+        remove.disabled = false;
+      }
     };
     item.append(remove);
   }
@@ -78,7 +99,8 @@ function describe(voice) {
 }
 
 $("text").oninput = () => {
-  $("count").textContent = `${$("text").value.length} of ${$("text").maxLength} characters`;
+  const { value, maxLength } = $("text");
+  $("count").textContent = maxLength < 0 ? `${value.length} characters` : `${value.length} of ${maxLength} characters`;
 };
 
 $("token-form").onsubmit = (event) => {
@@ -113,8 +135,8 @@ $("speak").onsubmit = async (event) => {
       }),
     });
     const report = JSON.parse(answer.headers.get("X-Lina-Report") ?? "null");
-    const { wave, wav } = await listen(answer, mine, streamed, asked);
-    await show(wave, wav, report, streamed);
+    const { seconds, wav } = await listen(answer, mine, streamed, asked);
+    await show(seconds, wav, report, streamed);
   } catch (error) {
     if (error.name === "AbortError") tell("said", "Stopped");
     else tell("said", error.message, true);
@@ -126,11 +148,11 @@ $("speak").onsubmit = async (event) => {
   }
 };
 
-/** Reads an answer to its end, plays it meanwhile if wanted, and gives back the whole wave. */
+/** Reads an answer to its end, draws it, and plays it meanwhile if wanted. */
 async function listen(answer, mine, aloud, asked) {
   const reader = answer.body.getReader();
   const wav = new WavReader();
-  const parts = [];
+  let spectrogram = null;
   let first = null;
   let drawn = 0;
   for (;;) {
@@ -139,21 +161,22 @@ async function listen(answer, mine, aloud, asked) {
     const part = wav.read(value);
     if (!part.length) continue;
     first ??= performance.now() - asked;
-    parts.push(part);
+    spectrogram ??= new Spectrogram(canvas, wav.rate);
+    spectrogram.add(part);
     if (aloud) (mine.stream ??= new Stream(wav.rate)).add(part);
-    const seconds = parts.reduce((sum, one) => sum + one.length, 0) / wav.rate;
-    tell("said", `${seconds.toFixed(1)} s said, the first after ${(first / 1000).toFixed(2)} s`);
+    tell("said", `${(spectrogram.length / wav.rate).toFixed(1)} s said, the first after ${(first / 1000).toFixed(2)} s`);
     if (performance.now() - drawn > 250) {
-      draw(canvas, joined(parts), wav.rate);
+      spectrogram.draw();
       drawn = performance.now();
     }
   }
-  return { wave: joined(parts), wav };
+  const seconds = spectrogram ? spectrogram.length / wav.rate : 0;
+  spectrogram?.end();
+  spectrogram?.draw();
+  return { seconds, wav };
 }
 
-async function show(wave, wav, report, played) {
-  const seconds = wave.length / wav.rate;
-  draw(canvas, wave, wav.rate);
+async function show(seconds, wav, report, played) {
   canvas.setAttribute("aria-label", `Spectrogram of ${seconds.toFixed(1)} seconds of speech, up to 8 kilohertz`);
   $("to").textContent = `${seconds.toFixed(1)} s`;
   if ($("player").src) URL.revokeObjectURL($("player").src);
@@ -176,13 +199,13 @@ $("stop").onclick = stop;
 
 // --- making a voice
 
-const recordings = []; // { file, text: the input of its transcript }
+const recordings = []; // { file, line: its place in the list, text: the input of its transcript }
 
 async function take(files) {
   const audio = [...files].filter((file) => !file.name.endsWith(".txt"));
   const texts = new Map();
   for (const file of files) if (file.name.endsWith(".txt")) texts.set(stem(file), (await file.text()).trim());
-  for (const file of audio) recordings.push({ file, text: item(file, texts.get(stem(file)) ?? "") });
+  for (const file of audio) recordings.push({ file, ...item(file, texts.get(stem(file)) ?? "") });
   for (const { file, text } of recordings) text.value ||= texts.get(stem(file)) ?? "";
 }
 
@@ -195,13 +218,18 @@ function item(file, said) {
   text.setAttribute("aria-label", `What is said in ${file.name}`);
   const remove = Object.assign(document.createElement("button"), { type: "button", textContent: "Remove" });
   remove.setAttribute("aria-label", `Remove ${file.name}`);
-  remove.onclick = () => {
-    recordings.splice(recordings.findIndex((recording) => recording.text === text), 1);
-    line.remove();
-  };
+  remove.onclick = () => drop((recording) => recording.line === line);
   line.append(name, text, remove);
   $("list").append(line);
-  return text;
+  return { line, text };
+}
+
+/** Takes recordings off the list. */
+function drop(chosen) {
+  for (const recording of recordings.filter(chosen)) {
+    recordings.splice(recordings.indexOf(recording), 1);
+    recording.line.remove();
+  }
 }
 
 $("samples").onchange = () => {
@@ -225,22 +253,30 @@ $("enroll").onsubmit = async (event) => {
   event.preventDefault();
   if (!recordings.length) return tell("enrolled", "Drop at least one recording first", true);
   const id = $("name").value;
+  const sent = [...recordings];
+  const told = ["name", "who", "scope"].map((field) => [field, $(field).value]);
   const form = new FormData();
   form.set("id", id);
   form.set("consent_who", $("who").value);
   form.set("consent_when", new Date().toISOString().slice(0, 10));
   form.set("consent_scope", $("scope").value);
-  for (const { file, text } of recordings) {
+  for (const { file, text } of sent) {
     form.append("samples", file);
     form.append("transcripts", text.value);
   }
+  $("make").disabled = true;
   try {
     tell("enrolled", "Sending …");
     await ask("/v1/voices", { method: "POST", body: form });
     await follow(id);
+    // What was added meanwhile is for another voice, which needs a consent of its own.
+    drop((recording) => sent.includes(recording));
+    for (const [field, value] of told) if ($(field).value === value) $(field).value = "";
+    $("consent").checked = false;
   } catch (error) {
     tell("enrolled", error.message, true);
   } finally {
+    $("make").disabled = false;
     $("progress").hidden = true;
   }
 };
@@ -263,13 +299,10 @@ async function follow(id) {
     }
     await new Promise((done) => setTimeout(done, 500));
   }
-  tell("enrolled", `Voice “${id}” is there: it is chosen above`);
   await showVoices(id);
-  $("enroll").reset();
-  recordings.length = 0;
-  $("list").replaceChildren();
+  tell("enrolled", `Voice “${id}” is there: it is chosen above`);
 }
 
 $("text").oninput();
-draw(canvas, new Float32Array(0), 24000);
+new Spectrogram(canvas, 24000).draw();
 start();

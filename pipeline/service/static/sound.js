@@ -75,19 +75,11 @@ export class WavReader {
   /** Where the sound begins, or 0 if that has not come yet. */
   static beginning(bytes) {
     const view = new DataView(bytes.buffer);
-    for (let place = 12; place + 8 <= bytes.length; place += 8 + view.getUint32(place + 4, true)) {
+    for (let place = 12; place + 8 <= bytes.length; ) {
       if (String.fromCharCode(...bytes.subarray(place, place + 4)) === "data") return place + 8;
+      const size = view.getUint32(place + 4, true);
+      place += 8 + size + (size % 2);
     }
     return 0;
   }
-}
-
-export function joined(parts) {
-  const whole = new Float32Array(parts.reduce((sum, part) => sum + part.length, 0));
-  let place = 0;
-  for (const part of parts) {
-    whole.set(part, place);
-    place += part.length;
-  }
-  return whole;
 }
