@@ -99,5 +99,15 @@ def found(folder: str, tenant: str | None = None) -> Iterator[VoiceFile]:
     for owner in inside:
         if TENANT.fullmatch(owner) and tenant in (None, owner):
             for name in storage.names(storage.join(folder, owner)):
-                if name.endswith(SUFFIX) and not name.startswith("."):
-                    yield VoiceFile(folder, owner, id_of(name.removesuffix(SUFFIX)))
+                if (speaker := speaker_of(name)) is not None:
+                    yield VoiceFile(folder, owner, speaker)
+
+
+def speaker_of(name: str) -> str | None:
+    """Whose voice a file of this name is; None for a name that is not given to voices."""
+    key = name.removesuffix(SUFFIX)
+    try:
+        speaker = id_of(key)
+        return speaker if f"{file_key(speaker)}{SUFFIX}" == name else None
+    except (UnicodeDecodeError, Unusable):
+        return None

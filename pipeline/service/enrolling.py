@@ -10,6 +10,9 @@ import json
 import logging
 import time
 import uuid
+from collections import defaultdict
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -21,6 +24,8 @@ from pipeline.service.voice_library import Entry, VoiceLibrary
 logger = logging.getLogger("ray.serve")
 _GRACE = 60.0
 """Seconds beyond its time after which an enrollment without an end is lost."""
+_PATIENCE = 5.0
+"""Seconds that the enrollment stage has to answer a question."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,10 @@ class Enrollment:
         return self.status != "failed"
 
 
+class Full(RuntimeError):
+    """As many voices of a tenant are being made as may be."""
+
+
 class Enrollments:
     """
     Args:
@@ -55,6 +64,9 @@ class Enrollments:
     def __init__(self, config: ServiceConfig, library: VoiceLibrary, reader: Any) -> None:
         self.config, self.library, self.reader = config, library, reader
         self._tasks: dict[str, asyncio.Task] = {}
+        self._places: defaultdict[str, set[str]] = defaultdict(set)
+        """By tenant: requests that are being sent or worked on here."""
+        self._changing: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._stage: Any = None
 
     async def stage(self) -> Any:
@@ -63,9 +75,28 @@ class Enrollments:
             self._stage = await asyncio.to_thread(_stage)
         return self._stage
 
-    def count(self, tenant: str) -> int:
-        """How many of a tenant's enrollments have not ended."""
-        return sum(enrollment.open for enrollment in self.of(tenant))
+    def changing(self, tenant: str) -> asyncio.Lock:
+        """Held while a tenant's voices come or go: who looks first may then rely on what was seen."""
+        return self._changing[tenant]
+
+    @asynccontextmanager
+    async def place(self, tenant: str) -> AsyncIterator[str]:
+        """Gives an enrollment to come its request id; it counts from now on, to its end or else to the block's.
+
+        Raises:
+            Full: the tenant has as many as it may.
+        """
+        noted = await asyncio.to_thread(self.of, tenant)
+        held = self._places[tenant]
+        if len(held | {enrollment.request for enrollment in noted if enrollment.open}) >= self.config.most_enrolling:
+            raise Full(tenant)
+        request = uuid.uuid4().hex
+        held.add(request)
+        try:
+            yield request
+        finally:
+            if request not in self._tasks:
+                held.discard(request)
 
     def of(self, tenant: str) -> list[Enrollment]:
         """A tenant's, in the order of their names."""
@@ -83,15 +114,31 @@ class Enrollments:
         return enrollment
 
     async def begin(
-        self, entry: Entry, tenant: str, recordings: list[Recording], consent: dict[str, str], seed: int | None
+        self,
+        request: str,
+        entry: Entry,
+        tenant: str,
+        recordings: list[Recording],
+        consent: dict[str, str],
+        seed: int | None,
     ) -> Enrollment:
-        """Notes an enrollment and starts it; its voice will be `entry`."""
+        """Notes an enrollment and starts it.
+
+        Args:
+            request: from `place`, within its block.
+            entry: of the voice to come.
+            recordings: taken out of the list once they are read.
+        """
         now, limit = time.time(), self.config.enroll_timeout_s
-        enrollment = Enrollment(entry.id, uuid.uuid4().hex, now, now + limit + _GRACE)
-        await asyncio.to_thread(self._note, tenant, enrollment)
+        enrollment = Enrollment(entry.id, request, now, now + limit + _GRACE)
+        try:
+            await _in_thread(self._note, tenant, enrollment)
+        except BaseException:  # nobody would follow it
+            await _in_thread(self.forget, tenant, entry.id)
+            raise
         task = asyncio.create_task(self._followed(enrollment, entry, tenant, recordings, consent, seed))
-        self._tasks[enrollment.request] = task
-        task.add_done_callback(lambda _: self._tasks.pop(enrollment.request, None))
+        self._tasks[request] = task
+        task.add_done_callback(lambda _: self._end(tenant, request))
         return enrollment
 
     async def progress(self, enrollment: Enrollment) -> dict[str, Any] | None:
@@ -99,23 +146,30 @@ class Enrollments:
         if enrollment.status != "tuning":
             return None
         try:
-            told = await asyncio.wait_for((await self.stage()).progress.remote(enrollment.request), 5)
+            told = await asyncio.wait_for((await self.stage()).progress.remote(enrollment.request), _PATIENCE)
         except Exception:  # whatever keeps the stage from answering, the record is there
             logger.warning("the enrollment stage does not tell its progress", exc_info=True)
             return None
         return {name: value for name, value in (told or {}).items() if name not in ("id", "speaker", "error")} or None
 
     async def cancel(self, tenant: str, enrollment: Enrollment) -> None:
-        """Ends and forgets it."""
-        if task := self._tasks.pop(enrollment.request, None):
+        """Ends and forgets it: what of it was being written is whole then, and nothing follows."""
+        if task := self._tasks.get(enrollment.request):
             task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
-        self.forget(tenant, enrollment.id)
-        if enrollment.status == "tuning":
-            await (await self.stage()).cancel.remote(enrollment.request)
+            await asyncio.wait([task])
+        await _in_thread(self.forget, tenant, enrollment.id)
+        # Whatever its record said: it may have gone on since, and another process may follow it.
+        try:
+            await asyncio.wait_for((await self.stage()).cancel.remote(enrollment.request), _PATIENCE)
+        except Exception:  # it is forgotten all the same
+            logger.warning("the enrollment stage does not drop %s", enrollment.request, exc_info=True)
 
     def forget(self, tenant: str, id: str) -> None:
         storage.remove(self._url(tenant, id))
+
+    def _end(self, tenant: str, request: str) -> None:
+        self._tasks.pop(request, None)
+        self._places[tenant].discard(request)
 
     async def _followed(
         self,
@@ -128,26 +182,41 @@ class Enrollments:
     ) -> None:
         try:
             async with asyncio.timeout(self.config.enroll_timeout_s):
-                read = await self.reader.read.remote(recordings)
+                read = await _asked(self.reader.read, recordings)
+                recordings.clear()
                 enrollment = replace(enrollment, rejects=read.rejects)
-                error = self._unusable(read.seconds, read.rejects)
+                error, made = self._unusable(read.seconds, read.rejects), {}
                 if error is None:
                     enrollment = replace(enrollment, status="tuning")
-                    await asyncio.to_thread(self._note, tenant, enrollment)
+                    await _in_thread(self._renote, tenant, enrollment)
                     wanted = {"id": enrollment.request, "speaker": entry.id, "samples": read.samples}
                     wanted |= {"consent": consent, "seed": seed, "timeout_s": self.config.enroll_timeout_s}
-                    made = await (await self.stage()).enroll.remote(wanted)
-                    if "voice" in made:
-                        await asyncio.to_thread(self.library.write, entry, made["voice"])
-                        await asyncio.to_thread(self.forget, tenant, entry.id)
-                        return
-                    error = _error(made["error"]["reason"].replace("-", "_"), made["error"]["detail"])
+                    made = await _asked((await self.stage()).enroll, wanted)
+            if "voice" in made:
+                await _in_thread(self._keep, tenant, enrollment, entry, made["voice"])
+                return
+            if "error" in made:
+                error = _error(made["error"]["reason"].replace("-", "_"), made["error"]["detail"])
         except TimeoutError:
             error = _error("timeout", f"not done within {self.config.enroll_timeout_s:g} s")
         except Exception:  # it ends where nobody waits: the record and the log are told
             logger.exception("enrollment %s failed", enrollment.request)
             error = _error("internal_error", "The service failed; its log says how")
-        await asyncio.to_thread(self._note, tenant, replace(enrollment, status="failed", error=error))
+        await _in_thread(self._renote, tenant, replace(enrollment, status="failed", error=error))
+
+    def _keep(self, tenant: str, enrollment: Enrollment, entry: Entry, voice: bytes) -> None:
+        if self._noted(tenant, enrollment):
+            self.library.write(entry, voice)
+            self.forget(tenant, enrollment.id)
+
+    def _renote(self, tenant: str, enrollment: Enrollment) -> None:
+        if self._noted(tenant, enrollment):
+            self._note(tenant, enrollment)
+
+    def _noted(self, tenant: str, enrollment: Enrollment) -> bool:
+        """Whether it was not deleted, which another process may have done."""
+        noted = self.find(tenant, enrollment.id)
+        return noted is not None and noted.request == enrollment.request
 
     def _unusable(self, seconds: float, rejects: list[dict[str, Any]]) -> dict[str, str] | None:
         if seconds >= self.config.least_seconds:
@@ -164,6 +233,29 @@ class Enrollments:
 
     def _url(self, tenant: str, id: str) -> str:
         return storage.join(self._folder(tenant), f"{id}.json")
+
+
+async def _asked(method: Any, request: dict[str, Any]) -> Any:
+    """The answer to a request; who is cancelled meanwhile takes it back."""
+    answer = method.remote(request)
+    try:
+        return await answer
+    except asyncio.CancelledError:
+        answer.cancel()
+        raise
+
+
+async def _in_thread(work: Callable[..., None], *args: Any) -> None:
+    """Work in a thread, where nothing can stop it: who is cancelled meanwhile ends after it, not before."""
+    running, cancelled = asyncio.ensure_future(asyncio.to_thread(work, *args)), None
+    while not running.done():
+        try:
+            await asyncio.wait([running])
+        except asyncio.CancelledError as error:
+            cancelled = error
+    failure = running.exception()
+    if cancelled or failure:
+        raise cancelled or failure
 
 
 class NoStage(RuntimeError):

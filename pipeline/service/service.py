@@ -74,9 +74,7 @@ class Service:
         try:
             return await asyncio.to_thread(self.library.find, tenant.name, id)
         except UnknownVoice:
-            raise Refusal(
-                404, "voice_not_found", f"No voice {id[:80]!r}: GET /v1/voices lists yours", "voice"
-            ) from None
+            raise no_voice(id) from None
 
     async def facts(self) -> dict[str, Any]:
         """What an engine says of itself."""
@@ -117,6 +115,10 @@ class Service:
             logger.warning("an engine was lost before it said anything (%d of %d)", attempt + 1, ATTEMPTS)
             await asyncio.sleep(0.25 * 2**attempt)
         raise Refusal(503, "engine_lost", "Every engine that took this up was lost before it said anything; try again")
+
+
+def no_voice(id: str) -> Refusal:
+    return Refusal(404, "voice_not_found", f"No voice {id[:80]!r}: GET /v1/voices lists yours", "voice")
 
 
 async def _rest(first: Any, answer: Any) -> AsyncIterator[Any]:

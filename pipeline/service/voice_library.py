@@ -14,10 +14,10 @@ from typing import Any
 
 from infra import storage
 from model.voice_file import LARGEST_HEADER, SUFFIX, VoiceError, read_record
-from pipeline.keys import id_of
 from pipeline.service.config import NAME, SHARED
 from pipeline.speakers import file_key
 from pipeline.utterances import Unusable
+from pipeline.voice_files import speaker_of
 
 DEFAULT = "default"
 """The model's own voice, which has no file."""
@@ -69,8 +69,8 @@ class VoiceLibrary:
         owners: dict[str, str] = {}
         for owner in (tenant, SHARED):
             for name in storage.names(storage.join(self.folder, owner)):
-                if name.endswith(SUFFIX) and _KEY.fullmatch(key := name.removesuffix(SUFFIX)):
-                    owners.setdefault(id_of(key), owner)
+                if (id := speaker_of(name)) is not None:
+                    owners.setdefault(id, owner)
         return [self.entry(owners[id], id) for id in sorted(owners) if id != DEFAULT]
 
     def record(self, entry: Entry) -> dict[str, Any]:

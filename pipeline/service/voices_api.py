@@ -3,6 +3,8 @@
 # Annotations are looked at where they stand, for `Depends`: no `from __future__ import annotations` here.
 import asyncio
 import json
+import re
+from concurrent.futures import ThreadPoolExecutor
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Query, Request
@@ -12,16 +14,19 @@ from starlette.datastructures import FormData, UploadFile
 from infra import storage
 from model.voice_file import CONSENT, VoiceError, check_consent
 from pipeline.service.config import NAME, ServiceConfig
-from pipeline.service.enrolling import Enrollment, Enrollments, NoStage
+from pipeline.service.enrolling import Enrollment, Enrollments, Full, NoStage
 from pipeline.service.errors import Refusal, busy
 from pipeline.service.recordings import Recording, check
-from pipeline.service.service import Service
+from pipeline.service.service import Service, no_voice
 from pipeline.service.tenants import Tenant
 from pipeline.service.voice_library import DEFAULT, Entry, UnknownVoice, describe
 
-_LONGEST_CONSENT = 1000
-"""Characters of each part of a consent record."""
+_LONGEST_CONSENT = 3000
+"""Bytes of a consent record as it stands in a voice's file, which leaves the tuning's record more than it takes."""
 _LONGEST_TRANSCRIPT = 2000
+_SEED = re.compile(r"-?[0-9]{1,18}")
+_AT_ONCE = 16
+"""Voices' headers that are read at a time."""
 _FIELDS = ("id", "consent", "seed", *(f"consent_{part}" for part in CONSENT))
 
 
@@ -29,7 +34,7 @@ def router(service: Service) -> APIRouter:
     routes = APIRouter(prefix="/v1/voices", tags=["voices"])
     config, library = service.config, service.library
     enrollments = Enrollments(config, library, service.reader)
-    beginning = asyncio.Lock()
+    reading = ThreadPoolExecutor(_AT_ONCE, "voices")
     Known, Counted = Annotated[Tenant, Depends(service.known)], Annotated[Tenant, Depends(service.counted)]
 
     @routes.get("")
@@ -44,41 +49,47 @@ def router(service: Service) -> APIRouter:
         waiting = {enrollment.id: enrollment for enrollment in making if enrollment.id not in known}
         ids = [id for id in sorted({*known, *waiting}) if id > after]
         default = {"id": DEFAULT, "object": "voice", "shared": True, "status": "ready"}
-        shown = [] if after else [default]
-        for id in ids[:limit]:
-            try:
-                shown.append(await asyncio.to_thread(_shown, known.get(id), waiting.get(id)))
-            except UnknownVoice:
-                continue  # deleted meanwhile
-        return {"object": "list", "data": shown, "has_more": len(ids) > limit}
+        chosen, loop = ids[:limit], asyncio.get_running_loop()
+        shown = [loop.run_in_executor(reading, _shown, known.get(id), waiting.get(id)) for id in chosen]
+        described = [voice for voice in await asyncio.gather(*shown) if voice]
+        return {
+            "object": "list",
+            "data": described if after else [default, *described],
+            "last_id": chosen[-1] if chosen else None,
+            "has_more": len(ids) > limit,
+        }
 
     @routes.post("", status_code=202, openapi_extra=_documented(config))
     async def enroll(request: Request, tenant: Counted) -> JSONResponse:
         """Makes a voice of recordings and what is said in them. Needs the speaker's consent."""
-        if await asyncio.to_thread(enrollments.count, tenant.name) >= config.most_enrolling:
+        try:
+            async with enrollments.place(tenant.name) as place:
+                return await _enrolled(request, tenant.name, place)
+        except NoStage:
+            text = "Voices cannot be made here: the application `enrollment` does not run"
+            raise Refusal(503, "no_enrollment", text) from None
+        except Full:
             raise busy(
                 f"{config.most_enrolling} of your voices are being made: wait for one of them",
                 "too_many_enrollments",
                 30,
-            )
-        try:
-            await enrollments.stage()
-        except NoStage:
-            text = "Voices cannot be made here: the application `enrollment` does not run"
-            raise Refusal(503, "no_enrollment", text) from None
+            ) from None
+
+    async def _enrolled(request: Request, tenant: str, place: str) -> JSONResponse:
+        await enrollments.stage()
         async with request.form(
             max_files=config.most_samples, max_fields=config.most_samples + len(_FIELDS), max_part_size=1 << 14
         ) as form:
             id, consent, seed = _told(form)
             recordings = await _recordings(form, config)
-        entry = library.entry(tenant.name, id)
-        async with beginning:
+        entry = library.entry(tenant, id)
+        async with enrollments.changing(tenant):
             if await asyncio.to_thread(_exists, entry):
                 raise Refusal(409, "voice_exists", f"You have a voice {id!r}: delete it first, or name another", "id")
-            old = await asyncio.to_thread(enrollments.find, tenant.name, id)
+            old = await asyncio.to_thread(enrollments.find, tenant, id)
             if old and old.open:
                 raise Refusal(409, "voice_exists", f"A voice {id!r} is being made", "id")
-            enrollment = await enrollments.begin(entry, tenant.name, recordings, consent, seed)
+            enrollment = await enrollments.begin(place, entry, tenant, recordings, consent, seed)
         return JSONResponse(_of(enrollment), 202, headers={"Location": f"/v1/voices/{id}"})
 
     @routes.get("/{id:path}")
@@ -87,28 +98,37 @@ def router(service: Service) -> APIRouter:
         enrollment = await asyncio.to_thread(enrollments.find, tenant.name, id) if NAME.fullmatch(id) else None
         if enrollment and not await asyncio.to_thread(_exists, library.entry(tenant.name, id)):
             return _of(enrollment) | {"progress": await enrollments.progress(enrollment)}
-        return await asyncio.to_thread(_shown, await service.voice(tenant, id), None)
+        shown = await asyncio.to_thread(_shown, await service.voice(tenant, id), None)
+        if shown is None:
+            raise no_voice(id)
+        return shown
 
     @routes.delete("/{id:path}")
     async def delete(id: str, tenant: Known) -> dict[str, Any]:
         """Takes a voice of yours away, or ends its making. From then on nobody speaks with it."""
-        enrollment = await asyncio.to_thread(enrollments.find, tenant.name, id) if NAME.fullmatch(id) else None
-        if enrollment:
-            await enrollments.cancel(tenant.name, enrollment)
-        try:
-            entry = await service.voice(tenant, id)
-        except Refusal:
-            if not enrollment:
-                raise
-        else:
-            if not entry.shared:
-                await asyncio.to_thread(library.delete, entry)
-            elif not enrollment:
-                raise Refusal(403, "shared_voice", f"Voice {id!r} is everybody's: only the operator deletes it", "id")
+        async with enrollments.changing(tenant.name):
+            enrollment = await asyncio.to_thread(enrollments.find, tenant.name, id) if NAME.fullmatch(id) else None
+            if enrollment:
+                await enrollments.cancel(tenant.name, enrollment)
+            try:
+                entry = await service.voice(tenant, id)
+            except Refusal:
+                if not enrollment:
+                    raise
+            else:
+                if not entry.shared:
+                    await asyncio.to_thread(library.delete, entry)
+                elif not enrollment:
+                    what = f"Voice {id!r} is everybody's: only the operator deletes it"
+                    raise Refusal(403, "shared_voice", what, "id")
         return {"id": id, "object": "voice.deleted", "deleted": True}
 
-    def _shown(entry: Entry | None, enrollment: Enrollment | None) -> dict[str, Any]:
-        return describe(library, entry) if entry else _of(enrollment)
+    def _shown(entry: Entry | None, enrollment: Enrollment | None) -> dict[str, Any] | None:
+        """None for a voice that was deleted meanwhile."""
+        try:
+            return describe(library, entry) if entry else _of(enrollment)
+        except UnknownVoice:
+            return None
 
     return routes
 
@@ -144,13 +164,22 @@ def _told(form: FormData) -> tuple[str, dict[str, str], int | None]:
         check_consent(consent, id)
     except VoiceError as error:
         raise Refusal(400, "no_consent", str(error), "consent") from None
-    if any(len(text) > _LONGEST_CONSENT for text in consent.values()):
-        what = f"each part of a consent record has at most {_LONGEST_CONSENT} characters: name a document instead"
-        raise Refusal(400, "string_above_max_length", what, "consent")
+    _check_size(consent)
     seed = texts["seed"]
-    if seed and not (seed.lstrip("-").isascii() and seed.lstrip("-").isdigit() and len(seed) < 19):
-        raise Refusal(400, "invalid_value", "seed must be a whole number", "seed")
+    if seed and not _SEED.fullmatch(seed):
+        raise Refusal(400, "invalid_value", "seed must be a whole number of at most 18 digits", "seed")
     return id, consent, int(seed) if seed else None
+
+
+def _check_size(consent: dict[str, str]) -> None:
+    try:
+        # Twice: the file's header is JSON that has the record as a text.
+        size = len(json.dumps(json.dumps(consent, ensure_ascii=False), ensure_ascii=False).encode())
+    except UnicodeEncodeError:
+        raise Refusal(400, "invalid_value", "consent has characters that are not Unicode", "consent") from None
+    if size > _LONGEST_CONSENT:
+        what = f"the consent record takes {size:,} bytes, at most {_LONGEST_CONSENT:,} fit: name a document instead"
+        raise Refusal(400, "string_above_max_length", what, "consent")
 
 
 def _text(form: FormData, name: str) -> str | None:

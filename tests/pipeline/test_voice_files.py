@@ -98,6 +98,14 @@ def test_voices_are_found_by_name(folder, card):
     assert [file.name for file in found(folder.output)] == ["shared/Zoë/2", "shared/ann"]
 
 
+def test_names_of_files_that_no_voice_has_are_passed_over(folder, card):
+    who = speaker("ann")
+    folder.write(who, voice(folder, card, who), {}, [])
+    for name in ("%FF", "%41nn", "%", ".hidden", "a.b"):
+        storage.write_bytes(storage.join(folder.output, "shared", f"{name}.safetensors"), b"of something else")
+    assert [file.name for file in found(folder.output)] == ["shared/ann"]
+
+
 def test_a_voices_file_has_no_clock_and_stays_small(folder, card):
     who = speaker("ann")
     quick, slow = (voice(folder, card, who, seconds=seconds) for seconds in (0.5, 900.0))

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import math
 
 import numpy as np
 import pytest
+import requests
 import yaml
 
 from infra.config import load
+from model.codec_config import ENCODEC_24KHZ
 from model.lina_config import ModelError
 from pipeline.enroll_config import StageConfig
 from pipeline.service.config import ServiceConfig
 from pipeline.service.engine import Begun, Refused, SpeechEngine, SpeechRequest
+from pipeline.service.service import Service
 from pipeline.service.voice_library import UnknownVoice, VoiceLibrary, describe
+from tests.pipeline import speaking_model
+from tests.pipeline.service import in_process
 from tests.pipeline.speaking_model import write_speaker, write_voice
 
 LONG = "The boat sailed past the quiet island. " * 60
@@ -117,6 +123,33 @@ def test_voices_may_lie_on_object_storage(folder, bucket):
     assert library.find("a", "ann").shared
     with pytest.raises(UnknownVoice):
         describe(library, own)
+
+
+def test_names_of_files_that_no_voice_has_are_passed_over(folder, tmp_path):
+    (tmp_path / "a").mkdir()
+    for name in ("ann", "%FF", "%41nn", "%", ".hidden", "a.b", "LJ%20Speech"):
+        (tmp_path / "a" / f"{name}.safetensors").write_bytes((folder / "ann.safetensors").read_bytes())
+    assert [entry.id for entry in VoiceLibrary(str(tmp_path)).entries("a")] == ["LJ Speech", "ann"]
+
+
+@pytest.mark.parametrize("streamed", [True, False])
+def test_speech_that_no_file_can_hold_is_refused_with_what_happened(tmp_path, monkeypatch, streamed):
+    """Opus has no 32 kHz, which this codec has."""
+    monkeypatch.setattr(speaking_model, "ENCODEC_24KHZ", dataclasses.replace(ENCODEC_24KHZ, sample_rate=32_000))
+    write_speaker(tmp_path)
+    config = configured(tmp_path)
+    engine = SpeechEngine(config)
+    body = {"model": "lina", "input": "Rain.", "response_format": "opus", "stream": streamed}
+    try:
+        with in_process.serving(Service(config, in_process.Handle(engine), None)) as url:
+            answer = requests.post(f"{url}/v1/audio/speech", json=body, timeout=60)
+            while requests.get(f"{url}/healthz", timeout=60).json()["requests"]:
+                pass
+    finally:
+        engine.speaker.stop()
+    assert answer.status_code == 500
+    error = answer.json()["error"]
+    assert error["code"] == "no_speech" and error["type"] == "server_error" and "32000" in error["message"]
 
 
 def test_a_model_that_cannot_be_had_is_named(folder):

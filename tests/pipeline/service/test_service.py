@@ -220,7 +220,7 @@ def test_every_other_mistake_has_the_same_shape(service):
         ({"consent_who": " "}, "no_consent", "consent"),
         ({"consent": "[1]"}, "no_consent", "consent"),
         ({"consent": "{"}, "invalid_value", "consent"),
-        ({"consent_scope": "x" * 2000}, "string_above_max_length", "consent"),
+        ({"consent_scope": "x" * 3000}, "string_above_max_length", "consent"),
         ({"seed": "one"}, "invalid_value", "seed"),
         ({"voice_file": "x"}, "unknown_parameter", "voice_file"),
         ({"samples": [recording(3)] * 6}, "bad_request", None),
