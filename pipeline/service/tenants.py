@@ -6,10 +6,14 @@ tenants:
     requests_per_minute: 600
 
 python -m pipeline.service.tenants        # makes a token: shown once, with the digest for this file
+
+Whoever has a token speaks with the voices of its tenant and with shared ones. `requests_per_minute` may be left out; a
+tenant may have several tokens, so that one can be replaced without a break. The service reads the file when it starts.
 """
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import hmac
 import re
@@ -122,7 +126,13 @@ class Rates:
             return 0.0 if allowed else (1 - level) * 60 / tenant.requests_per_minute
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
+    """Makes a token; `--help` says what the file is."""
+    argparse.ArgumentParser(
+        "python -m pipeline.service.tenants",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    ).parse_args(arguments)
     token = f"lina-{secrets.token_urlsafe(32)}"
     print(f"token   {token}\nsha256  {hashlib.sha256(token.encode()).hexdigest()}")
 

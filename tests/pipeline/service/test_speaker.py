@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import hashlib
 import queue
+import struct
 import threading
 
 import numpy as np
@@ -16,6 +17,8 @@ from infra.config import ConfigError, load
 from model.continuous_batch import ContinuousBatch
 from model.sampling import Policy
 from pipeline import codec_weights
+from pipeline.enroll_config import EnrollConfig
+from pipeline.service import tenants
 from pipeline.service.config import ServeConfig, ServiceConfig
 from pipeline.service.encoding import MEDIA, STREAMED, Encoder, whole
 from pipeline.service.engine import Stopped
@@ -191,6 +194,16 @@ def test_files_say_where_they_come_from_streamed_or_whole(form):
             np.testing.assert_allclose(found, wave, atol=1e-4)
 
 
+@pytest.mark.parametrize("field", ["text", "voice", "consent"])
+def test_words_in_a_files_tags_are_not_taken_for_its_sound(field):
+    provenance = Provenance("f" * 64, **{"voice": "ann", field: "more data, data and data"})
+    encoder = Encoder("wav", 24_000, provenance)
+    content = encoder.add(np.full(2400, 0.5, np.float32)) + encoder.end()
+    assert struct.unpack_from("<I", content, len(content) - 4800 - 4) == (0xFFFFFFFF,)
+    samples, rate, told = decode(content)
+    assert len(samples) == 2400 and rate == 24_000 and getattr(told, field) == "more data, data and data"
+
+
 def digest(token: str) -> str:
     return hashlib.sha256(token.encode()).hexdigest()
 
@@ -201,12 +214,12 @@ def test_tokens_are_known_by_their_digests(tmp_path):
         f"tenants:\n  acme:\n    tokens: [{digest('a')}, {digest('b')}]\n"
         f"  zeta:\n    tokens: [{digest('z')}]\n    requests_per_minute: 7\n"
     )
-    tenants = read(ServiceConfig(tokens=str(file), requests_per_minute=60))
-    assert [tenants.of(token) for token in ("a", "b", "z")] == [
+    known = read(ServiceConfig(tokens=str(file), requests_per_minute=60))
+    assert [known.of(token) for token in ("a", "b", "z")] == [
         *([Tenant("acme", 60)] * 2),
         Tenant("zeta", 7),
     ]
-    assert [tenants.of(token) for token in ("", "c", digest("a"), "\udc80")] == [None] * 4
+    assert [known.of(token) for token in ("", "c", digest("a"), "\udc80")] == [None] * 4
     assert read(ServiceConfig()) is None
 
 
@@ -230,6 +243,24 @@ def test_wrong_tokens_files_are_refused(tmp_path, content, reason):
     file.write_text(content)
     with pytest.raises(ConfigError, match=reason):
         read(ServiceConfig(tokens=str(file)))
+
+
+def test_a_token_is_made_with_its_digest_and_the_help_says_what_for(tmp_path, capsys):
+    tenants.main([])
+    token, known = (line.split()[1] for line in capsys.readouterr().out.splitlines())
+    file = tmp_path / "tokens.yaml"
+    file.write_text(f"tenants: {{acme: {{tokens: [{known}]}}}}")
+    assert read(ServiceConfig(tokens=str(file))).of(token).name == "acme"
+    with pytest.raises(SystemExit) as ended:
+        tenants.main(["--help"])
+    told = capsys.readouterr().out
+    assert ended.value.code == 0 and "tenants:\n  acme:\n    tokens: [" in told and "lina-" not in told
+
+
+def test_voices_are_looked_for_where_they_are_made():
+    from jobs import voices
+
+    assert ServiceConfig.voices == EnrollConfig.output == voices.DEFAULT
 
 
 def test_a_tenant_has_a_minutes_worth_of_requests_and_gets_them_back_steadily():
