@@ -48,6 +48,12 @@ and starts new ones for the next tasks. Where tasks reserve less than a CPU, as 
 took a third of the machine: every new process imports its libraries and loads its dictionary again."""
 
 
+STOP_PATIENTLY = {"RAY_JOB_STOP_WAIT_TIME_S": "600"}
+"""For the environment of whatever starts Ray: seconds between a job's SIGTERM and its SIGKILL. By default it is three,
+and a training that is stopped writes a checkpoint first. The actor that runs the job's command reads it, so it counts
+on the node where that runs: the head, unless a job asks for another."""
+
+
 class ClusterError(RuntimeError):
     """The cluster cannot be started, found or stopped: says why, and what to do."""
 
@@ -257,6 +263,7 @@ def _stay_on_loopback() -> None:
 def _head_environment(mark: str) -> dict[str, str]:
     own_bin = str(Path(sys.executable).parent)
     return {
+        **STOP_PATIENTLY,
         **{name: value for name, value in os.environ.items() if name not in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")},
         **KEEP_WORKERS,
         _MARK: mark,

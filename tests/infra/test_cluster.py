@@ -11,6 +11,7 @@ import sys
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
+from time import sleep
 
 import psutil
 import pytest
@@ -96,6 +97,40 @@ def test_a_job_runs_as_typed_and_stop_ends_this_cluster_alone(
     assert started.processes() == [] and not Path(started.temporary).exists()
     assert cluster.find(tmp_path) is None and cluster.stop(tmp_path) == 0
     assert [node["state"] for node in cluster.nodes(beside)] == ["ALIVE"], "the other cluster lives on"
+
+
+def test_a_job_that_is_stopped_has_time_to_save(beside: cluster.Cluster) -> None:
+    """Longer than the three seconds that Ray gives by itself."""
+    folder = Path(beside.folder)
+    (folder / "saves.py").write_text(
+        textwrap.dedent(
+            """
+            import pathlib, signal, sys, time
+
+            def save(number, frame):
+                time.sleep(5)
+                pathlib.Path("saved").touch()
+                sys.exit(0)
+
+            signal.signal(signal.SIGTERM, save)
+            pathlib.Path("going").touch()
+            time.sleep(120)
+            """
+        )
+    )
+    shell = plain_shell() | {"RAY_API_SERVER_ADDRESS": beside.dashboard}
+
+    def typed(*words: str) -> None:
+        done = subprocess.run([RAY, "job", *words], env=shell, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    typed("submit", "--no-wait", "--submission-id", "saves", "--", "python", "saves.py")
+    for _ in range(600):
+        if (folder / "going").exists():
+            break
+        sleep(0.1)
+    typed("stop", "saves")
+    assert (folder / "saved").exists()
 
 
 def test_stop_clears_up_after_a_killed_head(beside: cluster.Cluster) -> None:

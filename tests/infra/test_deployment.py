@@ -101,6 +101,15 @@ def test_the_image_copies_and_runs_what_is_there(project: Path) -> None:
     assert any(line.startswith("RUN make install ") for line in lines) and "install" in targets
 
 
+def test_every_ray_gives_stopped_jobs_the_same_time(project: Path, launcher: dict[str, Any]) -> None:
+    from infra.cluster import STOP_PATIENTLY
+
+    ((name, seconds),) = STOP_PATIENTLY.items()
+    starts = [launcher[f"{kind}_start_ray_commands"][-1] for kind in ("head", "worker")]
+    for text in (*starts, (project / "infra/docker/Dockerfile").read_text()):
+        assert re.findall(rf"\b{name}=(\d+)\b", text) == [seconds]
+
+
 def test_extras_that_are_installed_exist(project: Path, pins: dict[str, dict[str, Requirement]]) -> None:
     files = [project / name for name in ("Makefile", "README.md", "ray_cluster.yaml", "infra/docker/Dockerfile")]
     named = [re.findall(r"EXTRAS ?\??=\s?([a-z,]+)", file.read_text()) for file in files]
