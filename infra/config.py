@@ -132,7 +132,7 @@ def _convert(value: Any, expected: Any) -> Any:
             return _REFUSED
         try:
             number = expected(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             return _REFUSED
         return _REFUSED if expected is int and isinstance(value, float) and number != value else number
     return value if isinstance(expected, type) and isinstance(value, expected) else _REFUSED

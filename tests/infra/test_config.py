@@ -57,6 +57,7 @@ def test_defaults_then_the_file_then_the_command_line(tmp_path: Path) -> None:
         ("zzzzzz: 7", "known fields: bands, device"),
         ("size: many", "size must be int, not 'many'"),
         ("size: 1.5", "size must be int, not 1.5"),
+        ("size: .inf", "size must be int, not inf"),
         ("size: true", "size must be int, not True"),
         ("name: 5", "name must be str, not 5"),
         ("rate: []", r"rate must be float, not \[\]"),
