@@ -7,12 +7,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from pipeline import serve_instance
 from pipeline.enroll_config import StageConfig
 from pipeline.enrollment_stage import NAME, build
 from pipeline.plan import PlanError, differences
 
 _ANSWER_SECONDS = 300.0
-_CONTROLLER = {"name": "SERVE_CONTROLLER_ACTOR", "namespace": "serve"}
 
 
 class EnrollmentError(RuntimeError):
@@ -31,15 +31,13 @@ def stage(config: StageConfig, expected: dict[str, Any]) -> Iterator[Any]:
         PlanError: a stage runs that tunes otherwise.
         EnrollmentError: it cannot be started, or does not answer.
     """
-    import ray
-
     try:
-        from ray import serve
+        import ray.serve  # noqa: F401
     except ImportError:
         raise EnrollmentError("enrolling needs Ray Serve: pip install 'lina-ray[serve]'") from None
 
     logging.getLogger("ray.serve").setLevel(logging.ERROR)  # what matters is told by the job itself
-    there = _CONTROLLER in ray.util.list_named_actors(all_namespaces=True)
+    there = serve_instance.runs()
     handle, about = _running() if there else (None, {})
     own = handle is None or (bool(config.owner) and about["owner"] == config.owner)
     if handle is not None and (changed := differences(about_tuning(about), expected)):
@@ -52,10 +50,8 @@ def stage(config: StageConfig, expected: dict[str, Any]) -> Iterator[Any]:
     try:
         yield handle or _started(config, there)
     finally:
-        if own:
-            serve.delete(NAME)
-        if own and not there:
-            serve.shutdown()
+        if own and serve_instance.runs():
+            serve_instance.end([NAME], started=not there)
 
 
 def about_tuning(about: dict[str, Any]) -> dict[str, Any]:

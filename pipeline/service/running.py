@@ -8,10 +8,11 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import TYPE_CHECKING
 
 from infra import cluster
+from pipeline import serve_instance
 from pipeline.service import tenants
 from pipeline.service.config import LARGEST_UPLOAD, PROXY_CALLBACK, SHARED, ServeConfig
 from pipeline.synthesis import read_model
@@ -35,7 +36,7 @@ def run(config: ServeConfig) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stopped.set())
     os.environ.update(PROXY_CALLBACK | {LARGEST_UPLOAD: str(config.upload_bytes)})
-    with cluster.connect() as connection, _serving(config, own_ray=connection.own_folder is not None):
+    with cluster.connect(), _serving(config):
         host = f"[{config.host}]" if ":" in config.host else config.host
         print(f"serve     http://{host}:{config.port}  (page: /, interface: /docs)")
         if config.tokens is None:
@@ -53,6 +54,31 @@ def _check(config: ServeConfig) -> None:
 
     tenants.read(config)
     codec_for(config, read_model(config.model))
+    if not os.environ.get("RAY_ADDRESS"):
+        _check_free(config)
+
+
+def _check_running(config: ServeConfig, names: Collection[str]) -> None:
+    """Raises ServiceError where the Serve of this cluster has other ideas; its address cannot be changed."""
+    from ray import serve
+
+    if taken := [name for name in names if name in serve.status().applications]:
+        raise ServiceError(f"the cluster runs an application {taken[0]!r} already: `serve status` shows it")
+    at = serve_instance.listening()
+    if at is None:
+        raise ServiceError(
+            "Serve runs on this cluster already and takes no HTTP requests, as an enrollment job starts it: wait for "
+            "its end, or end it with `serve shutdown`"
+        )
+    if (at.host, at.port) != (config.host, config.port):
+        raise ServiceError(
+            f"Serve runs on this cluster already and listens at {at.host}:{at.port}, which cannot be changed: ask for "
+            f"that with --host {at.host} --port {at.port}, or end it with `serve shutdown`"
+        )
+
+
+def _check_free(config: ServeConfig) -> None:
+    """Raises ServiceError where nobody can listen at the address."""
     with socket.socket(socket.AF_INET6 if ":" in config.host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -63,7 +89,7 @@ def _check(config: ServeConfig) -> None:
 
 
 @contextlib.contextmanager
-def _serving(config: ServeConfig, own_ray: bool) -> Iterator[None]:
+def _serving(config: ServeConfig) -> Iterator[None]:
     """The applications. In a cluster whose Serve runs already, these are started and deleted, and nothing else."""
     from ray import serve
 
@@ -73,11 +99,15 @@ def _serving(config: ServeConfig, own_ray: bool) -> Iterator[None]:
     builders: dict[str, Callable[[], Application]] = {app.NAME: lambda: app.build(config.service())}
     if config.enrollment:
         builders = {"enrollment": lambda: _enrollment(config), **builders}
-    running = {} if own_ray else serve.status().applications
-    if taken := [name for name in builders if name in running]:
-        raise ServiceError(f"the cluster runs an application {taken[0]!r} already: `serve status` shows it")
-    serve.start(http_options={"host": config.host, "port": config.port}, logging_config={"log_level": "WARNING"})
+    there = serve_instance.runs()
+    if there:
+        _check_running(config, builders)
+    else:
+        _check_free(config)
     try:
+        if not there:
+            at = {"host": config.host, "port": config.port}
+            serve.start(http_options=at, logging_config={"log_level": "WARNING"})
         try:
             targets = [
                 serve.RunTarget(build(), name, route_prefix="/" if name == app.NAME else None)
@@ -88,11 +118,8 @@ def _serving(config: ServeConfig, own_ray: bool) -> Iterator[None]:
             raise ServiceError(f"the service did not start: {error}") from None
         yield
     finally:
-        if running:
-            for name in builders:
-                serve.delete(name)
-        else:
-            serve.shutdown()
+        if serve_instance.runs():
+            serve_instance.end(builders, started=not there)
 
 
 def _enrollment(config: ServeConfig) -> Application:
