@@ -21,7 +21,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from infra import storage
-from pipeline import codec_weights, lengths, planning, shards
+from pipeline import codec_weights, json_lines, lengths, planning, shards
 from pipeline.manifests import Manifest, open_manifest
 from pipeline.plan import Plan, PlanError, differences, note_taken_up, read_rows, taken_up
 from pipeline.stages import Collect, Decode, Encode, Job, Transcribe, Write
@@ -201,8 +201,8 @@ def _quarantined(plan: Plan, dataset: str, retried: dict[str, str]) -> Iterator[
     taken: set[str] = set()
     for round_ in reversed(plan.rounds):
         for shard in round_.shards:
-            lines = storage.read_text(shards.quarantine_url(dataset, shard)).splitlines()
-            rejects = {r["key"]: f"{r['stage']}/{r['reason']}" for r in map(json.loads, lines)}
+            noted = json_lines.read(shards.quarantine_url(dataset, shard))
+            rejects = {row["key"]: f"{row['stage']}/{row['reason']}" for row in noted}
             wanted = {key for key, why in rejects.items() if key not in taken and why not in NEVER_RETRIED}
             for row in read_rows(dataset, round_, shard).to_pylist() if wanted else ():
                 if row["key"] in wanted:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from infra import storage
-from pipeline import shards
+from pipeline import json_lines, shards
 from pipeline.finalize import DATASET_FILE, read_summary, summarize
 from pipeline.plan import Plan, PlanError, read_rows, shard_digest
 from pipeline.tokenization import missing_shards
@@ -75,8 +75,7 @@ def check_shard(plan: Plan, dataset: str, shard: int) -> Checked:
     try:
         sidecar = json.loads(storage.read_bytes(shards.sidecar_url(dataset, shard)))
         data = storage.read_bytes(shards.tar_url(dataset, shard))
-        lines = storage.read_text(shards.quarantine_url(dataset, shard)).splitlines()
-        rejects = [json.loads(line)["key"] for line in lines]
+        rejects = [row["key"] for row in json_lines.read(shards.quarantine_url(dataset, shard))]
         rows = read_rows(dataset, plan.round_of(shard), shard)
         expect(hashlib.sha256(data).hexdigest() == sidecar["sha256"], "the tar's sha256 is not the sidecar's")
         expect(sidecar["codec"] == plan.codec, "made with another codec than the plan's")
