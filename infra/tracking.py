@@ -105,6 +105,13 @@ def default_uri() -> str:
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path.cwd() / 'mlflow.db'}"
 
 
+def resolved(uri: str) -> str:
+    """What `--tracking` names, or the default, as a URI that means the same in every folder."""
+    uri = uri or default_uri()
+    file = uri.removeprefix("sqlite:///")
+    return uri if file == uri or file.startswith(":") else f"sqlite:///{os.path.abspath(file)}"
+
+
 class Run:
     """A run of MLflow, or, made without arguments, one that keeps nothing."""
 

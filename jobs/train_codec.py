@@ -37,7 +37,13 @@ def main() -> int:
             train(config)
         else:
             with cluster.connect():
-                train(config)
+                from ray.train import TrainingFailedError
+
+                try:
+                    train(config)
+                except TrainingFailedError as error:
+                    print(f"train_codec: training failed: {error}", file=sys.stderr)
+                    return 1
     except (CodecError, ManifestError, cluster.ClusterError, tracking.TrackingError) as error:
         print(f"train_codec: {error}", file=sys.stderr)
         return 2

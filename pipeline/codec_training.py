@@ -25,7 +25,7 @@ from infra import allocator, storage, tracking
 from infra.config import option
 from model.codec import CONFIG_FILE, WEIGHTS_FILE
 from model.codec_config import CodecConfig, CodecError
-from pipeline import codec_weights
+from pipeline import codec_weights, training_desk
 from pipeline.speech_pool import Augmentation, SpeechPool
 
 if TYPE_CHECKING:
@@ -92,6 +92,11 @@ class TrainCodecConfig:
         for field in ("batch", "warmup", "workers", "log_every", "save_every", "evaluate_every"):
             if getattr(self, field) < 1:
                 raise ValueError(f"{field} must be at least 1, not {getattr(self, field)}")
+        if not self.start_from and 0 < self.quantise_from >= self.steps:
+            raise ValueError(
+                f"quantise_from {self.quantise_from} must be below steps {self.steps}: otherwise the codebooks never "
+                "start, and no codec comes out"
+            )
         if self.batch % self.workers:
             raise ValueError(f"batch {self.batch} cannot be divided over {self.workers} workers")
         if self.samples < 2 * self.codec().hop:
@@ -136,10 +141,12 @@ def train(config: TrainCodecConfig) -> dict[str, float]:
         CodecError: no usable speech, a checkpoint of another architecture, steps without finite gradients.
         ManifestError: the data cannot be read.
     """
-    config = adopt(config)
+    config = adopt(resolve(config))
     make_pools(config)
+    uri = tracking.resolved(config.tracking)
     if config.workers == 1:
-        return train_worker(config, rank=0)
+        return train_worker(config, 0, uri)
+    import ray
     import ray.train
     from ray.train.torch import TorchTrainer
 
@@ -150,13 +157,30 @@ def train(config: TrainCodecConfig) -> dict[str, float]:
     )
     run = ray.train.RunConfig(
         name="ray-train",
-        storage_path=storage.absolute(config.output),
+        storage_path=config.output,
         failure_config=ray.train.FailureConfig(max_failures=3),
     )
+    desk = training_desk.opened()
     result = TorchTrainer(
-        _ray_worker, train_loop_config={"config": config}, scaling_config=scaling, run_config=run
+        _ray_worker,
+        train_loop_config={"config": config, "desk": desk, "uri": uri},
+        scaling_config=scaling,
+        run_config=run,
     ).fit()
+    if error := ray.get(desk.given_up.remote()):
+        raise CodecError(error)
     return {name: value for name, value in (result.metrics or {}).items() if isinstance(value, float)}
+
+
+def resolve(config: TrainCodecConfig) -> TrainCodecConfig:
+    """Relative paths are the caller's, not the workers'."""
+    there = storage.is_local(config.data) and storage.exists(
+        config.data
+    )  # or a pair of files, read by the caller alone
+    data = storage.absolute(config.data) if there else config.data
+    named = not config.start_from or config.start_from in codec_weights.NAMES
+    start = config.start_from if named else storage.absolute(config.start_from)
+    return dataclasses.replace(config, data=data, output=storage.absolute(config.output), start_from=start)
 
 
 def adopt(config: TrainCodecConfig) -> TrainCodecConfig:
@@ -177,9 +201,19 @@ def adopt(config: TrainCodecConfig) -> TrainCodecConfig:
 
 
 def _ray_worker(settings: dict[str, Any]) -> None:
+    """One worker. A CodecError would come again: workers that are started after it have nothing to do."""
+    import ray
     import ray.train
 
-    ray.train.report(train_worker(settings["config"], ray.train.get_context().get_world_rank()))
+    desk = settings["desk"]
+    if ray.get(desk.given_up.remote()):
+        return
+    try:
+        metrics = train_worker(settings["config"], ray.train.get_context().get_world_rank(), settings["uri"])
+    except CodecError as error:
+        ray.get(desk.give_up.remote(str(error)))
+        raise
+    ray.train.report(metrics)
 
 
 def make_pools(config: TrainCodecConfig) -> None:
@@ -229,8 +263,8 @@ def _waves(config: TrainCodecConfig, rate: int, rejects: dict[str, int], valid: 
         raise CodecError(f"{config.data} has no usable speech to {'validate' if valid else 'train'} on: {rejects}")
 
 
-def train_worker(config: TrainCodecConfig, rank: int) -> dict[str, float]:
-    """One worker's loop; the first one logs, saves and validates."""
+def train_worker(config: TrainCodecConfig, rank: int, uri: str) -> dict[str, float]:
+    """One worker's loop; the first one logs, to MLflow at `uri`, saves and validates."""
     import torch
 
     from model.codec_training.trainer import CodecTrainer
@@ -245,7 +279,7 @@ def train_worker(config: TrainCodecConfig, rank: int) -> dict[str, float]:
         load_checkpoint(trainer, output)
     elif config.start_from:
         trainer.start_from(codec_weights.resolve(config.start_from).weights)
-    tracked = config.tracking if rank == 0 else "none"
+    tracked = uri if rank == 0 else "none"
     known = tracking.known_run(output) if rank == 0 else None
     with tracking.track("codec", config.name, config, {"data": pool.digest}, known, tracked) as run:
         if rank == 0:

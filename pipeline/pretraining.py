@@ -18,6 +18,7 @@ from typing import Any
 
 from infra import storage, tracking
 from model.lina_config import PRESETS
+from pipeline import training_desk
 from pipeline.model_export import EXPORT
 from pipeline.pretrain_config import PretrainConfig
 from pipeline.training_checkpoints import CheckpointError, newest
@@ -56,7 +57,11 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
     with _stopping() as desk:
         TorchTrainer(
             _ray_worker,
-            train_loop_config={"config": config, "desk": desk, "threads": cpus, "uri": _tracking_uri(config)},
+            # Where the first worker tracks: the caller's folder is not the worker's
+            train_loop_config={
+                **{"config": config, "desk": desk, "threads": cpus},
+                "uri": tracking.resolved(config.tracking),
+            },
             scaling_config=scaling,
             run_config=run,
             torch_config=TorchConfig(backend="nccl" if cuda else "gloo"),
@@ -107,44 +112,12 @@ def device_of(config: PretrainConfig) -> tuple[str, str]:
     return "cpu", "auto: no GPU is up; --device cuda waits for one"
 
 
-def _tracking_uri(config: PretrainConfig) -> str:
-    """Where the first worker tracks: the caller's folder is not the worker's."""
-    return config.tracking or tracking.default_uri()
-
-
-class _Desk:
-    """An actor between driver and workers: whether to stop, what no restart would mend, what came out."""
-
-    def __init__(self) -> None:
-        self.asked, self.error, self.metrics = False, None, {}
-
-    def ask(self) -> None:
-        self.asked = True
-
-    def was_asked(self) -> bool:
-        return self.asked
-
-    def give_up(self, error: str) -> None:
-        self.error = self.error or error
-
-    def given_up(self) -> str | None:
-        return self.error
-
-    def finish(self, metrics: dict[str, Any]) -> None:
-        self.metrics = metrics
-
-    def results(self) -> dict[str, Any]:
-        return self.metrics
-
-
 @contextmanager
 def _stopping():
     """SIGTERM (what `ray job stop` and machines that go away send) ends the run after its step, with a checkpoint."""
     import threading
 
-    import ray
-
-    desk = ray.remote(num_cpus=0)(_Desk).remote()
+    desk = training_desk.opened()
 
     def on_term(number, frame) -> None:
         print("pretrain: asked to stop; writing a checkpoint after this step", file=sys.stderr, flush=True)

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from mlflow.utils.validation import _validate_metric_name, _validate_param_name
 
 from infra import storage
-from infra.tracking import TrackingError, _name, track
+from infra.tracking import TrackingError, _name, resolved, track
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,6 +142,20 @@ def test_the_default_is_a_database_in_the_callers_folder(
         f"mlruns/tokenize/{run.run_id}/artifacts/x.txt"
     ]
     assert str(tmp_path) in run.where
+
+
+def test_a_database_is_the_same_one_in_every_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert (
+        resolved("sqlite:///mine/m.db")
+        == f"sqlite:///{tmp_path}/mine/m.db"
+        == resolved(resolved("sqlite:///mine/m.db"))
+    )
+    assert resolved("none") == "none" and resolved("http://host:5000") == "http://host:5000"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///here.db")
+    assert resolved("") == f"sqlite:///{tmp_path}/here.db"
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    assert resolved("") == f"sqlite:///{tmp_path}/mlflow.db"
 
 
 def test_none_tracks_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

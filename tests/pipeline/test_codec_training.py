@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -113,11 +114,29 @@ def test_what_a_run_tracks(corpus: Path, tmp_path: Path, tracking_uri: str) -> N
     assert {f.path for f in client.list_artifacts(run.info.run_id)} == {"listen", "spectrograms"}
 
 
-def test_two_ray_workers_share_one_codec(corpus: Path, tmp_path: Path, local_ray) -> None:
-    train(settings(corpus, tmp_path / "two", workers=2))
+def test_two_ray_workers_share_one_codec(
+    corpus: Path, tmp_path: Path, local_ray, tracking_uri: str, monkeypatch
+) -> None:
+    """All paths are relative ones, which are the caller's."""
+    import mlflow
+
+    monkeypatch.chdir(tmp_path)
+    database = os.path.relpath(tracking_uri.removeprefix("sqlite:///"))
+    Codec.random(settings(corpus, tmp_path).codec()).save(tmp_path / "begin")
+    paths = {"start_from": "begin", "tracking": f"sqlite:///{database}"}
+    train(settings(Path(os.path.relpath(corpus)), Path("two"), workers=2, **paths))
+    client = mlflow.MlflowClient(tracking_uri)
+    (run,) = client.search_runs([client.get_experiment_by_name("codec").experiment_id])
+    assert run.info.status == "FINISHED"
     assert Codec.load(tmp_path / "two" / "export").identity.name == "tiny"
     state = torch.load(tmp_path / "two" / "checkpoint.pt", weights_only=True)
     assert state["step"] == 6
+
+
+def test_workers_are_not_started_again_for_what_would_come_again(corpus: Path, tmp_path: Path, local_ray) -> None:
+    (tmp_path / "checkpoint.pt").write_bytes(b"\x80\x04cos\nsystem\n")
+    with pytest.raises(CodecError, match="no checkpoint"):
+        train(settings(corpus, tmp_path, workers=2))
 
 
 @pytest.mark.parametrize(
@@ -126,6 +145,8 @@ def test_two_ray_workers_share_one_codec(corpus: Path, tmp_path: Path, local_ray
         ({"batch": 3, "workers": 2}, "workers"),
         ({"segment": 0.001}, "two frames"),
         ({"steps": -1}, "steps"),
+        ({"steps": 3}, "quantise_from 3 must be below steps 3"),
+        ({"steps": 0}, "quantise_from 3 must be below steps 0"),
         ({"filters": 0}, "filters"),
         ({"decoder_only": True}, "start_from"),
         ({"full_depth": 0.7, "first_alone": 0.4}, "one whole"),

@@ -1,0 +1,37 @@
+"""An actor between the driver of a training and its workers, which outlives these when they are started again."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class Desk:
+    """Whether to stop, what no restart would mend, what came out."""
+
+    def __init__(self) -> None:
+        self.asked, self.error, self.metrics = False, None, {}
+
+    def ask(self) -> None:
+        self.asked = True
+
+    def was_asked(self) -> bool:
+        return self.asked
+
+    def give_up(self, error: str) -> None:
+        self.error = self.error or error
+
+    def given_up(self) -> str | None:
+        return self.error
+
+    def finish(self, metrics: dict[str, Any]) -> None:
+        self.metrics = metrics
+
+    def results(self) -> dict[str, Any]:
+        return self.metrics
+
+
+def opened() -> Any:
+    """A handle of a new desk, on the Ray that is connected."""
+    import ray
+
+    return ray.remote(num_cpus=0)(Desk).remote()
