@@ -34,6 +34,20 @@ hypothesis.settings.register_profile("lina", deadline=None, print_blob=True)
 hypothesis.settings.load_profile("lina")
 
 
+LONGEST = (
+    *("test_pretraining", "test_service", "test_tokenize_job", "test_enroll_job", "test_enroll_submitted"),
+    *("test_synthesize_submitted", "test_pretrain_job", "test_tokenization", "test_training_loop", "test_chaos"),
+    *("test_cluster", "test_experiments_job", "test_synthesize_job", "test_evaluate_job", "test_object_store"),
+)
+"""Files that start clusters and kill them: minutes each."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first, so that none of them is left to one worker at the end while the others are idle."""
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(places)))
+
+
 @pytest.fixture(scope="session")
 def project() -> Path:
     """The project's root folder."""
