@@ -118,7 +118,7 @@ def _convert(value: Any, expected: Any) -> Any:
         return next((result for result in results if result is not _REFUSED), _REFUSED)
     if typing.get_origin(expected) is tuple:
         element = typing.get_args(expected)[0]
-        parts = value.split(",") if isinstance(value, str) else value
+        parts = (value.split(",") if value else []) if isinstance(value, str) else value
         if not isinstance(parts, list | tuple):
             return _REFUSED
         converted = tuple(_convert(part, element) for part in parts)
