@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,21 +15,11 @@ from pipeline import model_export
 from pipeline import training_checkpoints as checkpoints
 from pipeline.phonemes import INVENTORY
 from pipeline.pretrain_config import PretrainConfig
+from tests.pipeline.process_group import process_group  # noqa: F401 (used by all tests here)
 from tests.pipeline.speaking_tokens import IDENTITY, write_sizes
 
 CPU = torch.device("cpu")
 STAGES = ("0", "1", "2", "3")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def process_group() -> Iterator[None]:
-    """A process group of this process alone, on one thread, so that sums have one order."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,20 +16,10 @@ from pipeline import validation as validating
 from pipeline.pretrain_config import PretrainConfig
 from pipeline.training_checkpoints import newest
 from pipeline.training_start import PretrainError
+from tests.pipeline.process_group import process_group  # noqa: F401 (used by all tests here)
 from tests.pipeline.speaking_tokens import write_sizes, write_tokens
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def process_group() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
-    torch.set_num_threads(threads)
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture(scope="module")
