@@ -2,6 +2,7 @@
 
 A row joins whenever there is something for it to say and leaves with its last code, or when nobody listens any more;
 the others do not notice: a row's memory is of constant size (Lina-Speech, section 3.3), and its randomness is its own.
+On a GPU several steps are done at once and given out one by one (`model.batch_rows`).
 """
 
 from __future__ import annotations
@@ -11,10 +12,11 @@ from collections.abc import Hashable, Set
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
+from model.batch_rows import FixedRows, MovingRows, rows_for
 from model.delay import undelayed
 from model.lina import Lina, LinaState
-from model.rows import joined, taken, trimmed
-from model.sampling import Policy, Progress, Prompt, Speech, advance, begin
+from model.rows import joined
+from model.sampling import Policy, Prompt, Speech, begin
 
 
 class ContinuousBatch:
@@ -22,13 +24,16 @@ class ContinuousBatch:
     Args:
         model: in evaluation mode.
         policy: how all rows are drawn; `max_frames` is for those that do not say otherwise.
+        tensors: empty rows of this model and policy; None is what is fastest on its device.
     """
 
-    def __init__(self, model: Lina, policy: Policy) -> None:
+    def __init__(self, model: Lina, policy: Policy, tensors: MovingRows | FixedRows | None = None) -> None:
         self.model, self.policy = model, policy
         self._waiting: list[tuple[_Row, torch.Tensor, int, LinaState | None, torch.Tensor | None]] = []
         self._rows: list[_Row] = []
-        self._progress: Progress | None = None
+        self._tensors = tensors or rows_for(model, policy)
+        self._ahead = 0
+        """Steps that are done and not given out."""
 
     def __len__(self) -> int:
         """Rows that have not ended."""
@@ -43,7 +48,7 @@ class ContinuousBatch:
         prompt: torch.Tensor | None = None,
         max_frames: int | None = None,
     ) -> None:
-        """A row that begins with the next step.
+        """A row that begins with the next step, or once all steps that are done already were given out.
 
         Args:
             key: what its speech is given back under.
@@ -53,27 +58,26 @@ class ContinuousBatch:
             prompt: int [K, N], what it goes on from; the prompt's transcript stands at the front of the text.
             max_frames: where it is cut, its prompt not counted.
         """
-        row = _Row(key, self.policy.max_frames if max_frames is None else max_frames, len(phones))
+        most = (self.policy.max_frames if max_frames is None else max_frames) + self.model.config.codebooks - 1
+        row = _Row(key, most, len(phones))
         self._waiting.append((row, phones, seed, state, prompt))
 
     @torch.inference_mode()
     def step(self) -> list[tuple[Hashable, Speech]]:
         """Says one more step of every row; gives back those that ended with it, or were cut."""
-        if self._waiting:
-            self._begin()
-        if self._progress is None:
-            return []
-        self._progress, attention = advance(self.model, self._progress, self.policy)
-        for row, tokens, places in zip(self._rows, self._progress.tokens, attention, strict=True):
-            row.tokens.append(tokens)
-            row.attention.append(places)
-        done = self._progress.done.tolist()
-        extra = self.model.config.codebooks - 1
-        going = [i for i, row in enumerate(self._rows) if not done[i] and len(row.tokens) < row.max_frames + extra]
+        if not self._ahead:
+            if self._waiting:
+                self._begin()
+            if not self._rows:
+                return []
+            self._advance()
+        self._ahead -= 1
+        for row in self._rows:
+            row.steps += 1
+        going = [place for place, row in enumerate(self._rows) if row.steps != row.last]
         if len(going) == len(self._rows):
             return []
-        left = sorted(set(range(len(self._rows))) - set(going))
-        ended = [(self._rows[i].key, self._rows[i].speech(done[i])) for i in left]
+        ended = [(row.key, row.speech()) for row in self._rows if row.steps == row.last]
         self._keep(going)
         return ended
 
@@ -95,10 +99,20 @@ class ContinuousBatch:
             return torch.zeros(self.model.config.codebooks, 0, dtype=torch.int64)
         return {row.key: row for row in self._rows}[key].codes()
 
+    def _advance(self) -> None:
+        said = self._tensors.advance()
+        self._ahead = len(said.tokens)
+        ends = said.done.T.tolist()
+        for row, tokens, attention, done in zip(
+            self._rows, said.tokens.unbind(1), said.attention.unbind(1), ends, strict=True
+        ):
+            row.add(tokens, attention, done)
+
     def _keep(self, places: list[int]) -> None:
         self._rows = [self._rows[place] for place in places]
-        index = torch.tensor(places, dtype=torch.int64, device=self.model.norm.weight.device)
-        self._progress = trimmed(taken(self._progress, index)) if places else None
+        self._tensors.keep(places)
+        if not places:
+            self._ahead = 0
 
     def _begin(self) -> None:
         rows, phones, seeds, states, prompts = zip(*self._waiting, strict=True)
@@ -113,8 +127,7 @@ class ContinuousBatch:
             joined(states, [1] * len(rows)),
             self._prompt(prompts, device),
         )
-        parts = [fresh] if self._progress is None else [self._progress, fresh]
-        self._progress = joined(parts, [len(part.tokens) for part in parts])
+        self._tensors.join(fresh)
         self._rows += rows
 
     def _prompt(self, prompts: tuple[torch.Tensor | None, ...], device: torch.device) -> Prompt | None:
@@ -127,16 +140,30 @@ class ContinuousBatch:
 
 
 class _Row:
-    """What one row has said, kept by reference: a step costs it nothing but two list entries."""
+    """What one row has said, kept by reference: a stride of steps costs it nothing but two list entries."""
 
-    def __init__(self, key: Hashable, max_frames: int, phones: int) -> None:
-        self.key, self.max_frames, self.phones = key, max_frames, phones
+    def __init__(self, key: Hashable, most: int, phones: int) -> None:
+        self.key, self.most, self.phones = key, most, phones
+        self.steps = 0
+        """That were given out; there may be more in the lists."""
+        self.last: int | None = None
+        """The number of its steps, once it is known."""
+        self.finished = False
         self.tokens: list[torch.Tensor] = []
         self.attention: list[torch.Tensor] = []
 
-    def codes(self) -> torch.Tensor:
-        return undelayed(torch.stack(self.tokens))
+    def add(self, tokens: torch.Tensor, attention: torch.Tensor, done: list[bool]) -> None:
+        """More steps, of which those after its last one do not count: [S, K], [S, J], [S] whether it was done."""
+        self.tokens.append(tokens)
+        self.attention.append(attention)
+        for step, finished in enumerate(done, self.steps + 1):
+            if finished or step >= self.most:
+                self.last, self.finished = step, finished
+                return
 
-    def speech(self, finished: bool) -> Speech:
-        attention = torch.stack([places[: self.phones] for places in self.attention])
-        return Speech(self.codes(), finished, attention)
+    def codes(self) -> torch.Tensor:
+        return undelayed(torch.cat(self.tokens)[: self.steps])
+
+    def speech(self) -> Speech:
+        attention = torch.cat([places[:, : self.phones] for places in self.attention])[: self.steps]
+        return Speech(self.codes(), self.finished, attention)

@@ -53,5 +53,28 @@ def trimmed(progress):
     return type(progress)(*(part[:, kept] if part.ndim < 4 else part[:, :, kept] for part in progress))
 
 
+def put(progress, part, rows: torch.Tensor) -> None:
+    """Writes `part` over the given rows, int [R], of a progress or anything in it, where that lies.
+
+    What is shorter in `part` is padded with zeros, and so is None, as by `joined`; what is longer is cut.
+    """
+    if isinstance(progress, torch.Tensor):
+        whole = progress.new_zeros(len(rows), *progress.shape[1:])
+        if part is not None:
+            common = (..., *(slice(min(sizes)) for sizes in zip(progress.shape[1:], part.shape[1:], strict=True)))
+            whole[common] = part[common]
+        progress.index_copy_(0, rows, whole)
+    elif progress is not None:
+        for number, own in enumerate(progress):
+            put(own, None if part is None else part[number], rows)
+
+
+def leaves(progress) -> list[torch.Tensor]:
+    """All tensors of a progress, in their order."""
+    if isinstance(progress, torch.Tensor):
+        return [progress]
+    return [] if progress is None else [leaf for part in progress for leaf in leaves(part)]
+
+
 def _like(container, parts: list):
     return type(container)(*parts) if hasattr(container, "_fields") else tuple(parts)

@@ -2,13 +2,15 @@
 
     python tests/benchmarks/synthesize.py --threads 1                          # the `tiny` preset, random weights
     python tests/benchmarks/synthesize.py --model out/pretrain/export --codec demo
+    python tests/benchmarks/synthesize.py --device cuda --preset 169m      # to batch 512, also without CUDA graphs
 
 All rows say `--frames` frames each (their ends are never drawn), so the work is the same; decoding is part of it, and
 stands alone beside it. The released loop is one Python step a frame over one utterance, top-k for the first codebook,
 tokens grown by concatenation, codes decoded at the end; as released it keeps the recurrent state from step to step.
 `recomputed` is the same loop over all steps so far, as a model without such a state needs it. Ours is
 `model.continuous_batch`. The fastest of the rounds counts; with `--clock cpu` CPU seconds are compared, which a busy
-machine distorts less. Time to first audio is that of `pipeline.streaming` on a warm synthesizer.
+machine distorts less. Time to first audio is that of `pipeline.streaming` on a warm synthesizer. With `--device cuda`
+the first round captures the graphs, and rates stand beside the paper's best.
 """
 
 import os
@@ -19,8 +21,11 @@ if __name__ == "__main__":
 
 import argparse
 import dataclasses
+import functools
 import time
 
+PAPER = 27.6
+"""Audio seconds a second that the paper's model says on an RTX 4090, 16 utterances at once (figure 3)."""
 TEXT = "Seven birds sang about the rain, and the old stone walls of the quiet green island heard them again."
 
 
@@ -31,7 +36,7 @@ def main() -> None:
     parser.add_argument("--codec", default="demo")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--frames", type=int, default=300)
-    parser.add_argument("--largest", type=int, default=64)
+    parser.add_argument("--largest", type=int, help="batch; default: 64, on a GPU 512")
     parser.add_argument("--clock", choices=["wall", "cpu"], default="wall")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=2)
@@ -47,25 +52,29 @@ def main() -> None:
     seconds = options.frames / codec.identity.frame_rate
     size = sum(p.numel() for p in synthesizer.model.parameters())
     print(f"{size:,} parameters on {options.device}, {options.threads} threads; {len(phones)} phonemes, {seconds:g} s")
-    print(f"{'':<26}{options.clock + ' s':>9} {'ms a step':>10} {'audio s/s':>10}")
     ways = {
-        "released loop, batch 1": lambda: released(synthesizer, phones, options.frames, True),
-        "recomputed, batch 1": lambda: released(synthesizer, phones, options.frames, False),
+        "released loop, batch 1": (1, lambda: released(synthesizer, phones, options.frames, True)),
+        "recomputed, batch 1": (1, lambda: released(synthesizer, phones, options.frames, False)),
+        "codec's decoder, batch 1": (1, lambda: decoded(synthesizer, options.frames)),
     }
-    ways["codec's decoder, batch 1"] = lambda: decoded(synthesizer, options.frames)
-    batch = 1
-    while batch <= options.largest:
-        ways[f"ours, batch {batch}"] = lambda rows=batch: ours(synthesizer, phones, options.frames, rows)
+    on_gpu, batch = options.device == "cuda", 1
+    while batch <= (options.largest or (512 if on_gpu else 64)):
+        for kind in ("", " without graphs") if on_gpu else ("",):
+            way = functools.partial(ours, synthesizer, phones, options.frames, batch, graphs=not kind)
+            ways[f"ours, batch {batch}{kind}"] = (batch, way)
         batch *= 2
-    rates = {}
-    for name, way in ways.items():
-        rows = int(name.rsplit(" ", 1)[1])
+    width, rates = max(26, *(len(name) + 1 for name in ways)), {}
+    print(f"{'':<{width}}{options.clock + ' s':>9} {'ms a step':>10} {'audio s/s':>10}")
+    for name, (rows, way) in ways.items():
         walls = [timed(way, options.clock) for _ in range(1 if name.startswith("recomputed") else options.rounds)]
         rates[name] = rows * seconds / min(walls)
-        print(f"{name:<26}{min(walls):9.2f} {1e3 * min(walls) / options.frames:10.2f} {rates[name]:10.2f}", flush=True)
+        ms = 1e3 * min(walls) / options.frames
+        print(f"{name:<{width}}{min(walls):9.2f} {ms:10.2f} {rates[name]:10.2f}", flush=True)
     ours_, others = ([name for name in rates if name.startswith("ours") == mine] for mine in (True, False))
     for name in ours_:
         ratios = [f"{rates[name] / rates[base]:.2f} × {base}" for base in others if not base.startswith("codec")]
+        if on_gpu:
+            ratios.append(f"{rates[name] / PAPER:.2f} × the paper's {PAPER} audio s/s")
         print(f"{name} is {', '.join(ratios)}")
     first = sorted(time_to_first_audio(synthesizer) for _ in range(5))
     print(f"time to first audio, 0.3 s chunk: {1e3 * first[2]:.0f} ms (median of 5), fastest {1e3 * first[0]:.0f} ms")
@@ -101,10 +110,13 @@ def speaker(options, codec):
     return Synthesizer(files, codec, options.device, policy=policy, limits=Limits(seconds_a_token=10.0))
 
 
-def ours(synthesizer, phones, frames: int, rows: int) -> None:
+def ours(synthesizer, phones, frames: int, rows: int, graphs: bool) -> None:
+    """With the tensors that a batch has on this device, or a step at a time."""
+    from model.batch_rows import MovingRows
     from model.continuous_batch import ContinuousBatch
 
-    batch = ContinuousBatch(synthesizer.model, synthesizer.policy)
+    model, policy = synthesizer.model, synthesizer.policy
+    batch = ContinuousBatch(model, policy, None if graphs else MovingRows(model, policy))
     for row in range(rows):
         batch.add(row, phones, row)
     while len(batch):

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from model.batch_rows import FixedRows, MovingRows
 from model.continuous_batch import ContinuousBatch
 from model.rows import joined, taken, trimmed
 from model.sampling import Prompt, speak
@@ -21,14 +22,15 @@ def alone(model, phones, seed, state, prompt, max_frames):
     return speak(model, phones[None], torch.tensor([len(phones)]), policy, [seed], state, given)[0]
 
 
-@pytest.mark.parametrize("mixer", ["gla", "attention"])
+@pytest.mark.parametrize(("mixer", "stride"), [("gla", None), ("attention", None), ("gla", 8), ("gla", 3)])
 @settings(max_examples=6)
 @given(data=st.data())
-def test_a_row_says_the_same_alone_and_among_rows_that_come_and_go(mixer, data) -> None:
+def test_a_row_says_the_same_alone_and_among_rows_that_come_and_go(mixer, stride, data) -> None:
     model, count = network(mixer).eval(), 7
     phones, lengths = texts(count, seed=3)
     voiced = voices(model, count) if mixer == "gla" else None
-    batch, rows, spoken, step = ContinuousBatch(model, FREE), {}, {}, 0
+    tensors = MovingRows(model, FREE) if stride is None else FixedRows(model, FREE, stride)
+    batch, rows, spoken, step = ContinuousBatch(model, FREE, tensors), {}, {}, 0
     arrivals = [data.draw(st.integers(0, 30), label="arrives at step") for _ in range(count)]
     for number in range(count):
         state = taken(voiced, torch.tensor([number])) if data.draw(st.booleans(), label="has a voice") else None
@@ -97,6 +99,6 @@ def test_places_that_no_row_fills_are_let_go() -> None:
         batch.add(turn, phones[turn % 5, : lengths[turn % 5]], turn)
         for _ in range(4):
             batch.step()
-        widest = max(widest, batch._progress.state.encoder[0].keys.shape[2])
+        widest = max(widest, batch._tensors.progress.state.encoder[0].keys.shape[2])
     assert widest <= 16
-    assert leaves(trimmed(batch._progress))[0].shape == leaves(batch._progress)[0].shape
+    assert leaves(trimmed(batch._tensors.progress))[0].shape == leaves(batch._tensors.progress)[0].shape

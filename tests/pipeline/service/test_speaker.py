@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from infra.config import ConfigError, load
+from model.batch_rows import FixedRows, MovingRows
 from model.continuous_batch import ContinuousBatch
 from model.sampling import Policy
 from pipeline import codec_weights
@@ -65,9 +66,13 @@ class Listener:
         return np.concatenate(waves) if waves else np.zeros(0, np.float32), item, len(waves)
 
 
-def test_whatever_the_company_each_hears_what_it_hears_alone(parts):
+@pytest.mark.parametrize("kind", [MovingRows, FixedRows])
+def test_whatever_the_company_each_hears_what_it_hears_alone(parts, kind, monkeypatch):
+    """Also in strides of steps, as on a GPU."""
     lines = [Line(TEXT, None, seed) for seed in range(3)]
-    alone, streams = synthesizer(parts), synthesizer(parts, retries=0)
+    alone = synthesizer(parts)
+    monkeypatch.setattr("model.continuous_batch.rows_for", kind)
+    streams = synthesizer(parts, retries=0)
     speaker, unrepeated = Speaker(synthesizer(parts), 20), Speaker(streams, 20)
     listeners = [Listener(speaker, line, False) for line in lines]
     streamed = [Listener(unrepeated, line, True) for line in lines]
