@@ -63,6 +63,7 @@ class ExperimentsConfig:
     accumulate: int = option(1, "micro-batches of theirs a step")
     learning_rate: float = option(0.001, "of theirs")
     warmup: int = option(20, "steps to their full learning rate")
+    precision: str = option("auto", "of their training; auto: bf16 on GPUs, fp32 on CPUs", ("auto", "fp32", "bf16"))
     valid_fraction: float = option(0.05, "share of the utterances that they are compared on")
     valid_most: int = option(64, "utterances that they are compared on at most")
     batches: tuple[int, ...] = option((1, 4, 16), "rows that speak at once, for time and memory")

@@ -1,4 +1,4 @@
-"""The trained part of the twins: pretraining, the loss on what was held out, and what they say after a prompt."""
+"""The trained part of the twins: pretraining, the loss on what was held out, and what they say."""
 
 from __future__ import annotations
 
@@ -42,7 +42,8 @@ def pretraining(config: ExperimentsConfig, mixer: str, folder: str) -> PretrainC
     Raises:
         ExperimentError: sizes or a recipe that cannot be.
     """
-    same = ("data", "codebooks", "budget", "accumulate", "learning_rate", "warmup", "valid_fraction", "seed", "device")
+    same = ("data", "codebooks", "budget", "accumulate", "learning_rate", "warmup", "precision")
+    same += ("valid_fraction", "seed", "device")
     try:
         settings = PretrainConfig(
             **{name: getattr(config, name) for name in same},
@@ -128,8 +129,8 @@ def losses(cell: Cell, kit: Kit) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def speech(cell: Cell, kit: Kit) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Of a twin: ({speech: a row a sentence}, {}): held-out texts after a prompt of the same speaker, of about three
-    seconds, judged; the voice that is asked for is the prompt's, as the codec gives it."""
+    """Of a twin: ({speech: a row a sentence}, {}): held-out texts, after a prompt of the same speaker of about three
+    seconds or from nothing, judged; similarity is that to the prompt's voice, as the codec gives it."""
     import torch
 
     from pipeline.experiments.speaking import judged, said, single_attempts
@@ -149,8 +150,9 @@ def speech(cell: Cell, kit: Kit) -> tuple[dict[str, Any], dict[str, Any]]:
         if not {row, prompt_row} <= samples.keys() or not samples[row].meta.get("text"):
             continue
         prompt, text = samples[prompt_row], samples[row].meta["text"]
-        (asked,) = to_samples([{"phones": prompt.phones, "codes": prompt.codes}], ids)
-        wave, told = said(synthesizer, None, asked, text, derived(config.seed, place))
+        (before,) = to_samples([{"phones": prompt.phones, "codes": prompt.codes}], ids)
+        before = before if settings["prompted"] else None
+        wave, told = said(synthesizer, None, before, text, derived(config.seed, place))
         folder = storage.join(kit.folder, "speech", cell.name)
         reference = storage.join(folder, f"{place}-prompt.wav")
         storage.write_bytes(reference, wav(synthesizer.decode(prompt.codes[:codebooks]), rate))
