@@ -15,6 +15,7 @@ if __name__ == "__main__":
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 import argparse
+from collections.abc import Sequence
 from typing import Any
 
 
@@ -25,11 +26,18 @@ def main() -> int:
         "--samples", type=int, default=16, help="samples to decode, from all over the dataset (default: 16)"
     )
     parser.add_argument("--codec", help="folder of the codec, if it is not where it was when the dataset was made")
-    parser.add_argument("--codec-weights", help="path or URL of EnCodec's own weights")
+    parser.add_argument("--codec-weights", help="path or URL of EnCodec's own weights, which --evaluate also measures")
     parser.add_argument(
         "--listen", metavar="DIR", help="write originals beside decoded samples, and a page to hear them"
     )
     parser.add_argument("--evaluate", action="store_true", help="measure originals, decoded and Opus (extra `eval`)")
+    parser.add_argument(
+        "--prefixes",
+        type=int,
+        nargs="*",
+        default=[1, 2, 4],
+        help="numbers of first codebooks that --evaluate also measures alone (default: 1 2 4)",
+    )
     arguments = parser.parse_args()
 
     from infra import cluster, storage
@@ -49,8 +57,8 @@ def main() -> int:
 def verify(dataset: str, arguments: argparse.Namespace) -> int:
     from tqdm import tqdm
 
+    from pipeline import codec_weights, verification
     from pipeline import samples as stored
-    from pipeline import verification
 
     samples = rejects = size = 0
     plan = verification.load_plan(dataset)
@@ -64,42 +72,49 @@ def verify(dataset: str, arguments: argparse.Namespace) -> int:
         faults = verification.verify(plan, dataset, on_shard)
     print(f"hashed    {size / 1e6:,.1f} MB: {samples:,} samples, {rejects:,} in the quarantine")
     if not faults and samples and arguments.samples:
-        codec = stored.codec_of(plan, arguments.codec, arguments.codec_weights)
+        published = (arguments.codec or plan.codec_source) == "encodec_24khz"
+        codec = stored.codec_of(plan, arguments.codec, arguments.codec_weights if published else None)
         spread = list(stored.sample_spread(plan, dataset, arguments.samples))
         faults += verification.check_decoding(spread, codec)
         print(f"decoded   {len(spread)} samples, {sum(s.meta['seconds'] for s in spread):.1f} s")
-        table = evaluate(plan, spread, codec) if arguments.evaluate else ""
-        if arguments.listen:
-            print(f"listen    {listen(plan, spread, codec, arguments.listen, table)}")
+        pairs = here(plan, spread) if arguments.evaluate or arguments.listen else []
+        table = ""
+        if arguments.evaluate and pairs:
+            beside = None if published else codec_weights.published(arguments.codec_weights)
+            table = evaluate(plan, pairs, codec, arguments.prefixes, beside.build() if beside else None)
+            print(table)
+        if arguments.listen and pairs:
+            print(f"listen    {listen(plan, pairs, codec, arguments.listen, table)}")
     for fault in faults:
         print(f"fault     {fault.where}: {fault.what}")
     print("verify: nothing is wrong" if not faults else f"verify: {len(faults)} faults")
     return 1 if faults else 0
 
 
-def evaluate(plan: Any, samples: list, codec: Any) -> str:
-    """Prints and returns the table of original, decoded and Opus."""
-    from pipeline import evaluation
-    from pipeline.samples import original
-    from pipeline.utterances import Unusable
+def here(plan: Any, samples: list) -> list:
+    """(sample, recording) of those whose recordings are there; prints how many are not."""
+    from pipeline.samples import recorded
 
-    rate = codec.identity.sample_rate
-    clips, lacking = [], []
-    for sample in samples:
-        try:
-            clips.append(evaluation.Clip(sample.meta["id"], original(plan, sample), rate, sample.meta["text"] or ""))
-        except (Unusable, OSError) as error:
-            lacking.append(error)
+    lacking: list[Exception] = []
+    pairs = list(recorded(plan, samples, lacking))
     if lacking:
         print(f"left out  {len(lacking)} of {len(samples)} samples without their recordings: {lacking[0]}")
-    if not clips:
-        return ""
-    table = evaluation.table(evaluation.evaluate_codec(clips, codec))
-    print(table)
-    return table
+    return pairs
 
 
-def listen(plan: Any, samples: list, codec: Any, folder: str, notes: str) -> str:
+def evaluate(plan: Any, pairs: list, codec: Any, prefixes: Sequence[int] = (), encodec: Any = None) -> str:
+    """The table of original, decoded, with fewer codebooks, too, EnCodec and Opus."""
+    from pipeline import evaluation
+
+    rate = codec.identity.sample_rate
+    clips = [evaluation.Clip(s.meta["id"], recording, rate, s.meta["text"] or "") for s, recording in pairs]
+    stored = min(plan.config["codebooks"], plan.codec["codebooks"])
+    return evaluation.table(
+        evaluation.evaluate_codec(clips, codec, codebooks=stored, prefixes=prefixes, encodec=encodec)
+    )
+
+
+def listen(plan: Any, pairs: list, codec: Any, folder: str, notes: str) -> str:
     """Writes the page; returns where it is."""
     from pipeline.listening import Listened, Recording, write_page
     from pipeline.samples import beside_decoded
@@ -113,7 +128,7 @@ def listen(plan: Any, samples: list, codec: Any, folder: str, notes: str) -> str
             [Recording("original", recording, rate), Recording("decoded", decoded, rate, name)],
             sample.meta["speaker"],
         )
-        for sample, recording, decoded in beside_decoded(plan, samples, codec)
+        for sample, recording, decoded in beside_decoded(pairs, codec)
     ]
     return write_page(rows, folder, "Recordings beside what their codes decode to", notes)
 

@@ -69,6 +69,17 @@ def resolve(name: str = "encodec_24khz", weights: str | None = None) -> Resolved
     return _from_folder(name, None)
 
 
+def published(weights: str | None) -> ResolvedCodec | None:
+    """EnCodec's 24 kHz codec where its weights are at hand, in `weights` or in the cache; nothing is fetched.
+
+    Raises:
+        CodecError: as `resolve`, of a file that is there.
+    """
+    if weights is None and not _cached().exists():
+        return None
+    return resolve("encodec_24khz", weights)
+
+
 def _resolved(config: CodecConfig, weights: bytes, digest: str | None = None) -> ResolvedCodec:
     codec = Codec(config, weights, digest=digest)
     return ResolvedCodec(config, weights, codec.identity, codec.digest)
@@ -96,7 +107,7 @@ def _encodec_file(weights: str | None) -> bytes:
         except (OSError, ValueError, ImportError) as error:
             raise CodecError(f"--codec-weights {weights}: cannot be read ({error})") from None
         return _checked(content, f"--codec-weights {weights}")
-    cached = storage.cache_folder() / posixpath.basename(ENCODEC_URL)
+    cached = _cached()
     if cached.exists():
         return _checked(cached.read_bytes(), f"{cached} (delete it to download it again)")
     try:
@@ -109,6 +120,10 @@ def _encodec_file(weights: str | None) -> bytes:
     content = _checked(content, ENCODEC_URL)
     storage.write_bytes(str(cached), content)
     return content
+
+
+def _cached() -> Path:
+    return storage.cache_folder() / posixpath.basename(ENCODEC_URL)
 
 
 def _checked(content: bytes, where: str) -> bytes:

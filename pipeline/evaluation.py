@@ -108,11 +108,18 @@ def evaluate_codec(
     codebooks: int | None = None,
     opus_kbits: Sequence[float] = (6.0, 12.0),
     progress: Callable[[int, int], None] = lambda done, total: None,
+    prefixes: Sequence[int] = (),
+    encodec: Codec | None = None,
 ) -> list[Row]:
     """The original, `codec` and Opus on `clips`, which must be at the codec's sample rate.
 
     The codec's row carries, beside the figures, its codebooks' perplexities and how many seconds of audio a core
     encodes and decodes in a second.
+
+    Args:
+        codebooks: of the codec that are in use; None means all.
+        prefixes: numbers of first codebooks that get a row of their own, where more are in use.
+        encodec: EnCodec's published 24 kHz codec, for rows at 3 and 6 kbit/s.
 
     Raises:
         EvaluationError: no clips, another sample rate, or the `eval` extra is missing.
@@ -122,7 +129,14 @@ def evaluate_codec(
             f"clip {wrong[0].id!r} has {wrong[0].rate} Hz, the codec {codec.config.sample_rate}: resample it first"
         )
     through = _Through(codec, codebooks)
-    systems: dict[str, System] = {codec.config.name: through}
+    systems: dict[str, System] = {
+        f"{codec.config.name}, {depth * codec.config.frame_rate:g} codes/s": _Through(codec, depth)
+        for depth in sorted(set(prefixes))
+        if depth < (codebooks or codec.config.codebooks)
+    }
+    systems[codec.config.name] = through
+    if encodec is not None:
+        systems |= {"EnCodec 3 kbit/s": _Through(encodec, 4), "EnCodec 6 kbit/s": _Through(encodec, 8)}
     systems |= {
         f"Opus {kbits:g} kbit/s": lambda samples, rate, kbits=kbits: measures.opus(samples, rate, kbits)
         for kbits in opus_kbits

@@ -94,7 +94,7 @@ def finish(plan: Plan, dataset: str, codec: ResolvedCodec) -> dict[str, Any]:
 
     summary = summarize(plan, dataset, posixpath.basename(dataset.rstrip("/")))
     spread = list(samples.sample_spread(plan, dataset, PICTURED))
-    shown = samples.beside_decoded(plan, spread, codec.build()) if spread else ()
+    shown = samples.beside_decoded(samples.recorded(plan, spread), codec.build()) if spread else ()
     rate = plan.codec["sample_rate"]
     write_card(dataset, summary, [Pair(s.meta["id"], recording, decoded, rate) for s, recording, decoded in shown])
     write_summary(summary, dataset)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -65,15 +65,25 @@ def original(plan: Plan, sample: shards.Sample) -> np.ndarray:
     )
 
 
-def beside_decoded(
-    plan: Plan, samples: list[shards.Sample], codec: Codec
-) -> Iterator[tuple[shards.Sample, np.ndarray, np.ndarray]]:
-    """(sample, recording, decoded), both float32 of one length; samples whose recording has gone are left out."""
+def recorded(
+    plan: Plan, samples: list[shards.Sample], lacking: list[Exception] | None = None
+) -> Iterator[tuple[shards.Sample, np.ndarray]]:
+    """(sample, recording); samples whose recording has gone are left out, and why is added to `lacking`."""
     for sample in samples:
         try:
             recording = original(plan, sample)
-        except (Unusable, OSError):
-            continue
+        except (Unusable, OSError) as error:
+            if lacking is not None:
+                lacking.append(error)
+        else:
+            yield sample, recording
+
+
+def beside_decoded(
+    pairs: Iterable[tuple[shards.Sample, np.ndarray]], codec: Codec
+) -> Iterator[tuple[shards.Sample, np.ndarray, np.ndarray]]:
+    """(sample, recording, decoded), both float32 of one length, of `recorded`."""
+    for sample, recording in pairs:
         decoded = codec.decode([sample.codes])[0]
         length = min(len(recording), len(decoded))
         yield sample, recording[:length], decoded[:length]

@@ -151,10 +151,18 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_codec_is_compared_with_the_original_and_opus(clips: list[Clip]) -> None:
     codec = Codec.random(CodecConfig("small", filters=4, codebooks=4, ratios=(8, 5, 4, 2)))
     seen = []
-    rows = evaluate_codec(clips[:1], codec, opus_kbits=(24,), progress=lambda done, total: seen.append((done, total)))
-    original, random, opus = rows
+    rows = evaluate_codec(
+        clips[:1],
+        codec,
+        opus_kbits=(24,),
+        progress=lambda done, total: seen.append((done, total)),
+        prefixes=(4, 2, 9),
+    )
+    original, half, random, opus = rows
     assert seen == [(1, 1)]
-    assert [row.system for row in rows] == ["original", codec.config.name, "Opus 24 kbit/s"]
+    name = codec.config.name
+    assert [row.system for row in rows] == ["original", f"{name}, 150 codes/s", name, "Opus 24 kbit/s"]
+    assert half.figures["mel"] != random.figures["mel"]
     assert original.figures["wer"].value < 0.3, "the recogniser reads real speech"
     assert random.figures["wer"].value > 0.7, "and nothing from a codec that has learnt nothing"
     assert random.figures["wer_added"].value == pytest.approx(

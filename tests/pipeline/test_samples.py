@@ -9,15 +9,15 @@ import soundfile
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobs.verify import evaluate
-from pipeline import codec_weights, samples, shards, verification
+from jobs.verify import here
+from pipeline import samples, shards, verification
 from pipeline.plan import Plan, read_rows, shard_digest
 from pipeline.planning import Sizes, make_round
 from pipeline.shards import Sample
 from pipeline.stages import Job, Write
 from pipeline.tokenize_config import TokenizeConfig, identity
 from pipeline.utterances import Unusable, Utterance
-from tests.corpora import voiced, write_codec
+from tests.corpora import voiced
 
 RATE = 24_000
 CODEC = {"name": "tests", "digest": "0", "sample_rate": RATE, "frame_rate": 75, "codebooks": 8, "codebook_size": 1024}
@@ -60,11 +60,12 @@ def test_a_sample_tells_its_channel_where_there_is_one(channel, kept):
     assert source == {"audio": "both.wav", "start": 0.0, "duration": None, **kept}
 
 
-def test_evaluating_leaves_out_what_has_no_recording(tmp_path, stereo, capsys):
-    codec = codec_weights.resolve(write_codec(tmp_path / "codec")).build()
+def test_samples_without_their_recordings_are_left_out_and_counted(tmp_path, stereo, capsys):
     gone = [sample_of(audio="gone.wav"), sample_of(channel=1)]
-    assert evaluate(plan_of(tmp_path), gone, codec) == ""
-    assert "2 of 2 samples" in capsys.readouterr().out
+    there = sample_of(channel=0)
+    assert [sample for sample, _ in here(plan_of(tmp_path), [*gone, there])] == [there]
+    assert "2 of 3 samples" in capsys.readouterr().out
+    assert here(plan_of(tmp_path), gone) == []
 
 
 @pytest.fixture(scope="module")
