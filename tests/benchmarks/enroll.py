@@ -5,10 +5,10 @@
 (a) goes through one speaker after another, in micro-batches of 2 with 4 accumulated, keeps nothing, and lets gradients
 of the weights be made, as the released code does. Two steps lead from there: weights frozen; the 8 samples at once. All
 take the same batches from the same start, the paper's recipe, no dropout; losses are means over a batch's tokens.
-Ours runs twice: for as many steps, and, evaluating every few, until each speaker has the held-out loss that (a) ends
-with. (a) is run for `--reference` speakers; the loss of the others is that of our run of equal steps, which gives the
-same states: the table shows by how much they differ. `× (a)` is what (a) would take for a row's speakers at its rate
-of model steps, by what they take.
+Ours runs for as many steps, first with nothing kept from step to step, and, evaluating every few, until each speaker
+has the held-out loss that (a) ends with. (a) is run for `--reference` speakers; the loss of the others is that of our
+run of equal steps, which gives the same states: the table shows by how much they differ. `× (a)` is what (a) would take
+for a row's speakers at its rate of model steps, by what they take.
 
 `--clock cpu` counts CPU seconds, which a busy machine distorts less (with `--threads 1`). Without `--allocator plain`
 freed memory is kept for reuse instead of being returned to the system, for all rows alike.
@@ -96,6 +96,11 @@ class Benchmark:
             self.baseline = self.baseline or meter.seconds / self.steps(reference)
             self.row(title, meter, len(reference), difference(states, plain))
         targets = {name: held_out_loss(self.model, states, self.speakers[name][2]) for name, states in plain.items()}
+        few = min(options.speakers)
+        with Meter(options) as meter:
+            tuner, voices = self.tuned(few, evaluate=False, cache_bytes=0)
+        same = {voice.speaker: voice.factors for voice in voices}
+        self.row(f"(b) {few} together, nothing kept", meter, few, difference(same, plain), tuner)
         for count in options.speakers:
             with Meter(options) as meter:
                 tuner, voices = self.tuned(count, evaluate=False)
@@ -110,11 +115,11 @@ class Benchmark:
             title = f"(b) {count} together, to the loss of (a)"
             self.row(title, meter, count, None, tuner, f"; {steps:.0f} steps, {reached} of {count} reached it")
 
-    def tuned(self, count: int, evaluate: bool, targets: dict[str, float] | None = None):
+    def tuned(self, count: int, evaluate: bool, targets: dict[str, float] | None = None, cache_bytes: int = 8 << 30):
         """(the tuner, its voices): the first speakers, all at once."""
         from model.voice_tuning import Tuner
 
-        tuner, voices = Tuner(self.frozen, self.recipe, count, 8 << 30, self.options.group_steps), []
+        tuner, voices = Tuner(self.frozen, self.recipe, count, cache_bytes, self.options.group_steps), []
         for name in list(self.speakers)[:count]:
             seed, samples, held = self.speakers[name]
             target = None if targets is None else targets[name] + 1e-5
