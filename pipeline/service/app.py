@@ -29,11 +29,7 @@ def build(config: ServiceConfig) -> Application:
     from pipeline.service.ingress import Ingress
     from pipeline.service.recordings import SampleReader
 
-    config = dataclasses.replace(
-        config,
-        **{name: storage.absolute(getattr(config, name)) for name in ("model", "voices")},
-        tokens=storage.absolute(config.tokens) if config.tokens else None,
-    )
+    config = resolved(config)
     quiet = {"log_level": "WARNING", "enable_access_log": False}
     gpus = config.gpu_share if _on_gpu(config.device) else 0
     engine = serve.deployment(
@@ -62,6 +58,16 @@ def build(config: ServiceConfig) -> Application:
         ray_actor_options={"num_cpus": 0.1},
     )
     return ingress.bind(config, engine.bind(config), reader.bind(config))
+
+
+def resolved(config: ServiceConfig) -> ServiceConfig:
+    """With paths that mean the same on every node, whose Ray may have been started in another folder."""
+    from pipeline import codec_weights
+
+    paths = {name: getattr(config, name) for name in ("model", "voices", "tokens", "codec", "codec_weights")}
+    if config.codec in codec_weights.NAMES:
+        del paths["codec"]
+    return dataclasses.replace(config, **{name: path and storage.absolute(path) for name, path in paths.items()})
 
 
 def _on_gpu(device: str) -> bool:

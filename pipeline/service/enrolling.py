@@ -11,21 +11,22 @@ import logging
 import time
 import uuid
 from collections import defaultdict
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from infra import storage
 from pipeline.service.config import ServiceConfig
+from pipeline.service.enrollment_link import EnrollmentLink, OtherModel
 from pipeline.service.recordings import Recording
 from pipeline.service.voice_library import Entry, VoiceLibrary
 
 logger = logging.getLogger("ray.serve")
-_GRACE = 60.0
-"""Seconds beyond its time after which an enrollment without an end is lost."""
-_PATIENCE = 5.0
-"""Seconds that the enrollment stage has to answer a question."""
+_BEAT = 15.0
+"""Seconds after which whoever follows an enrollment stamps its record anew."""
+_LOST = 60.0
+"""Seconds without a stamp after which nobody follows it any more; machines' clocks must differ by less."""
 
 
 @dataclass(frozen=True)
@@ -37,8 +38,8 @@ class Enrollment:
     """Its id at the enrollment stage."""
     created: float
     """Seconds since 1970."""
-    ends: float
-    """When it has ended at the latest."""
+    seen: float = 0.0
+    """When it was last stamped, in seconds since 1970."""
     status: str = "reading"
     """reading, tuning, failed."""
     error: dict[str, str] | None = None
@@ -63,17 +64,11 @@ class Enrollments:
 
     def __init__(self, config: ServiceConfig, library: VoiceLibrary, reader: Any) -> None:
         self.config, self.library, self.reader = config, library, reader
+        self.stage = EnrollmentLink(config.model)
         self._tasks: dict[str, asyncio.Task] = {}
         self._places: defaultdict[str, set[str]] = defaultdict(set)
         """By tenant: requests that are being sent or worked on here."""
         self._changing: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
-        self._stage: Any = None
-
-    async def stage(self) -> Any:
-        """Handle of the enrollment stage. Raises NoStage."""
-        if self._stage is None:
-            self._stage = await asyncio.to_thread(_stage)
-        return self._stage
 
     def changing(self, tenant: str) -> asyncio.Lock:
         """Held while a tenant's voices come or go: who looks first may then rely on what was seen."""
@@ -109,7 +104,7 @@ class Enrollments:
             enrollment = Enrollment(**json.loads(storage.read_bytes(self._url(tenant, id))))
         except (OSError, ValueError, TypeError):
             return None
-        if enrollment.open and time.time() > enrollment.ends:
+        if enrollment.open and time.time() > enrollment.seen + _LOST:
             return replace(enrollment, status="failed", error=_error("lost", "it was interrupted: enroll it again"))
         return enrollment
 
@@ -129,8 +124,7 @@ class Enrollments:
             entry: of the voice to come.
             recordings: taken out of the list once they are read.
         """
-        now, limit = time.time(), self.config.enroll_timeout_s
-        enrollment = Enrollment(entry.id, request, now, now + limit + _GRACE)
+        enrollment = Enrollment(entry.id, request, time.time())
         try:
             await _in_thread(self._note, tenant, enrollment)
         except BaseException:  # nobody would follow it
@@ -146,7 +140,7 @@ class Enrollments:
         if enrollment.status != "tuning":
             return None
         try:
-            told = await asyncio.wait_for((await self.stage()).progress.remote(enrollment.request), _PATIENCE)
+            told = await self.stage.answer("progress", enrollment.request)
         except Exception:  # whatever keeps the stage from answering, the record is there
             logger.warning("the enrollment stage does not tell its progress", exc_info=True)
             return None
@@ -160,7 +154,7 @@ class Enrollments:
         await _in_thread(self.forget, tenant, enrollment.id)
         # Whatever its record said: it may have gone on since, and another process may follow it.
         try:
-            await asyncio.wait_for((await self.stage()).cancel.remote(enrollment.request), _PATIENCE)
+            await self.stage.answer("cancel", enrollment.request)
         except Exception:  # it is forgotten all the same
             logger.warning("the enrollment stage does not drop %s", enrollment.request, exc_info=True)
 
@@ -180,9 +174,16 @@ class Enrollments:
         consent: dict[str, str],
         seed: int | None,
     ) -> None:
+        async def stamp() -> None:
+            """Says that somebody follows it, as it stands by now."""
+            try:
+                await _in_thread(self._renote, tenant, enrollment)
+            except OSError:  # it goes on, and the next stamp may be written
+                logger.warning("the record of enrollment %s cannot be written", enrollment.request, exc_info=True)
+
         try:
             async with asyncio.timeout(self.config.enroll_timeout_s):
-                read = await _asked(self.reader.read, recordings)
+                read = await _asked(self.reader.read, recordings, stamp)
                 recordings.clear()
                 enrollment = replace(enrollment, rejects=read.rejects)
                 error, made = self._unusable(read.seconds, read.rejects), {}
@@ -191,8 +192,10 @@ class Enrollments:
                     await _in_thread(self._renote, tenant, enrollment)
                     wanted = {"id": enrollment.request, "speaker": entry.id, "samples": read.samples}
                     wanted |= {"consent": consent, "seed": seed, "timeout_s": self.config.enroll_timeout_s}
-                    made = await _asked((await self.stage()).enroll, wanted)
-            if "voice" in made:
+                    made = await _asked((await self.stage.handle()).enroll, wanted, stamp)
+            if "voice" in made and (why := await asyncio.to_thread(self.stage.refused, made["voice"])):
+                error = _error(OtherModel.code, why)
+            elif "voice" in made:
                 await _in_thread(self._keep, tenant, enrollment, entry, made["voice"])
                 return
             if "error" in made:
@@ -226,7 +229,8 @@ class Enrollments:
         return _error("too_little_speech", f"{seconds:.1f} s of speech can be used, {least:g} s are needed{first}")
 
     def _note(self, tenant: str, enrollment: Enrollment) -> None:
-        storage.write_text(self._url(tenant, enrollment.id), json.dumps(asdict(enrollment)))
+        stamped = replace(enrollment, seen=time.time())
+        storage.write_text(self._url(tenant, enrollment.id), json.dumps(asdict(stamped)))
 
     def _folder(self, tenant: str) -> str:
         return storage.join(self.config.voices, tenant, ".enrolling")
@@ -235,12 +239,20 @@ class Enrollments:
         return storage.join(self._folder(tenant), f"{id}.json")
 
 
-async def _asked(method: Any, request: dict[str, Any]) -> Any:
-    """The answer to a request; who is cancelled meanwhile takes it back."""
+async def _asked(method: Any, request: Any, meanwhile: Callable[[], Awaitable[None]]) -> Any:
+    """The answer to a request; who is cancelled before takes it back.
+
+    Args:
+        meanwhile: done every `_BEAT` seconds until it is there.
+    """
     answer = method.remote(request)
+    waiting = asyncio.ensure_future(answer)
     try:
-        return await answer
+        while not (await asyncio.wait([waiting], timeout=_BEAT))[0]:
+            await meanwhile()
+        return waiting.result()
     except asyncio.CancelledError:
+        waiting.cancel()
         answer.cancel()
         raise
 
@@ -256,22 +268,6 @@ async def _in_thread(work: Callable[..., None], *args: Any) -> None:
     failure = running.exception()
     if cancelled or failure:
         raise cancelled or failure
-
-
-class NoStage(RuntimeError):
-    """The application `enrollment` does not run."""
-
-
-def _stage() -> Any:
-    from ray import serve
-    from ray.serve.exceptions import RayServeException
-
-    from pipeline.enrollment_stage import NAME
-
-    try:
-        return serve.get_app_handle(NAME)
-    except RayServeException:
-        raise NoStage(NAME) from None
 
 
 def _error(code: str, message: str) -> dict[str, str]:

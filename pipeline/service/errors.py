@@ -63,7 +63,7 @@ def install(app: FastAPI) -> None:
     async def invalid(_: Request, error: Exception) -> JSONResponse:
         first = error.errors()[0]
         place = [str(part) for part in first["loc"] if part not in ("body", "query", "path")]
-        param = ".".join(place) or None
+        param = place[0] if place else None  # what follows is the branch of a union that came closest
         message = first["msg"].removeprefix("Value error, ")
         if first["type"] == "json_invalid":
             param, message = None, "The body is not valid JSON"

@@ -8,15 +8,16 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Annotated, Any
 
-from fastapi import Depends
+from fastapi import Depends, Request
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
 from pipeline.service import tenants
 from pipeline.service.config import ServiceConfig
 from pipeline.service.engine import Begun, Refused, SpeechRequest
 from pipeline.service.errors import Refusal, busy
+from pipeline.service.guesses import Guesses
 from pipeline.service.tenants import Tenant
-from pipeline.service.voice_library import Entry, UnknownVoice, VoiceLibrary
+from pipeline.service.voice_library import DEFAULT, Entry, UnknownVoice, VoiceLibrary
 
 logger = logging.getLogger("ray.serve")
 _PATIENCE = 10.0
@@ -24,6 +25,7 @@ _PATIENCE = 10.0
 ATTEMPTS = 6
 """Engines that a request may lose before anything of it was heard."""
 _bearer = HTTPBearer(auto_error=False, description="A tenant's token; not needed where the service has none")
+_Credentials = Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)]
 
 
 class Service:
@@ -38,29 +40,37 @@ class Service:
     def __init__(self, config: ServiceConfig, engine: Any, reader: Any) -> None:
         self.config = config
         self.tenants = tenants.read(config)
-        self.rates = tenants.Rates()
+        self.rates, self.guesses = tenants.Rates(), Guesses()
         self.library = VoiceLibrary(config.voices)
         self.reader = reader
         self._engine = engine
+        self.said = self.faulty = 0
+        """Requests that were said to their end since this replica started, and those of them with faults."""
 
     @property
     def private(self) -> bool:
         """Nobody has to show a token."""
         return self.tenants is None
 
-    def known(self, credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)]) -> Tenant:
+    def known(self, request: Request, credentials: _Credentials) -> Tenant:
         """Who asks."""
         if self.tenants is None:
             return Tenant(self.config.tenant, self.config.requests_per_minute)
-        tenant = self.tenants.of(credentials.credentials) if credentials else None
+        if credentials is None:
+            raise _no_tenant("Send `Authorization: Bearer <token>`")
+        token, address = credentials.credentials, request.client.host if request.client else ""
+        if seconds := self.guesses.wait(address):  # before it is looked at, or guesses would go on being tried
+            text = f"Too many unknown tokens came from {address}; the next one is looked at in {seconds:.1f} s"
+            raise busy(text, "too_many_unknown_tokens", seconds)
+        tenant = self.tenants.of(token)
         if tenant is None:
-            what = "That token is not known" if credentials else "Send `Authorization: Bearer <token>`"
-            raise Refusal(401, "invalid_api_key", what, headers={"WWW-Authenticate": "Bearer"})
+            self.guesses.note(address, token)
+            raise _no_tenant("That token is not known")
         return tenant
 
-    def counted(self, credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)]) -> Tenant:
+    def counted(self, request: Request, credentials: _Credentials) -> Tenant:
         """Who asks, for something that costs."""
-        tenant = self.known(credentials)
+        tenant = self.known(request, credentials)
         if seconds := self.rates.wait(tenant):
             raise busy(
                 f"More than {tenant.requests_per_minute} requests a minute; the next one may come in {seconds:.1f} s",
@@ -82,6 +92,14 @@ class Service:
             return await asyncio.wait_for(self._engine.facts.remote(), _PATIENCE)
         except Exception as error:  # whatever keeps it from answering
             raise Refusal(503, "engine_unavailable", "No engine answers; the service's log says why") from error
+
+    def note(self, request: SpeechRequest, report: dict[str, Any]) -> None:
+        """Takes down how a request went. What its text was is nobody's business."""
+        self.said += 1
+        if report["faults"]:
+            self.faulty += 1
+            faults, voice = ", ".join(report["faults"]), request.voice or DEFAULT
+            logger.warning("speech of voice %s has faults: %s; coverage %.4g", voice, faults, report["coverage"])
 
     @asynccontextmanager
     async def speech(self, request: SpeechRequest) -> AsyncIterator[tuple[Begun, AsyncIterator[Any]]]:
@@ -115,6 +133,10 @@ class Service:
             logger.warning("an engine was lost before it said anything (%d of %d)", attempt + 1, ATTEMPTS)
             await asyncio.sleep(0.25 * 2**attempt)
         raise Refusal(503, "engine_lost", "Every engine that took this up was lost before it said anything; try again")
+
+
+def _no_tenant(what: str) -> Refusal:
+    return Refusal(401, "invalid_api_key", what, headers={"WWW-Authenticate": "Bearer"})
 
 
 def no_voice(id: str) -> Refusal:

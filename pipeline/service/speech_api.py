@@ -58,6 +58,7 @@ def router(service: Service) -> APIRouter:
 
     @routes.get("/models/{id}")
     async def one_model(id: str, tenant: Annotated[Tenant, Depends(service.known)]) -> dict[str, Any]:
+        """That model, where it has this name."""
         _check_model(id, config.name)
         return model
 
@@ -73,6 +74,7 @@ def router(service: Service) -> APIRouter:
             return await _streamed(service, request, form)
         async with service.speech(request) as (begun, items):
             samples, report = [item async for item in items]
+        service.note(request, report)
         try:
             provenance = _provenance(request, begun, {"report": report})
             content = await asyncio.to_thread(whole, form, samples, begun.rate, provenance)
@@ -101,7 +103,9 @@ async def _streamed(service: Service, request: SpeechRequest, form: str) -> Resp
     async def content() -> AsyncIterator[bytes]:
         try:
             async for item in items:
-                if isinstance(item, np.ndarray) and (ready := encoder.add(item)):
+                if not isinstance(item, np.ndarray):
+                    service.note(request, item)
+                elif ready := encoder.add(item):
                     yield ready
             if rest := encoder.end():
                 yield rest

@@ -4,7 +4,9 @@
 import asyncio
 import json
 import re
+from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Query, Request
@@ -14,7 +16,8 @@ from starlette.datastructures import FormData, UploadFile
 from infra import storage
 from model.voice_file import CONSENT, VoiceError, check_consent
 from pipeline.service.config import NAME, ServiceConfig
-from pipeline.service.enrolling import Enrollment, Enrollments, Full, NoStage
+from pipeline.service.enrolling import Enrollment, Enrollments, Full
+from pipeline.service.enrollment_link import NoStage
 from pipeline.service.errors import Refusal, busy
 from pipeline.service.recordings import Recording, check
 from pipeline.service.service import Service, no_voice
@@ -31,9 +34,16 @@ _FIELDS = ("id", "consent", "seed", *(f"consent_{part}" for part in CONSENT))
 
 
 def router(service: Service) -> APIRouter:
-    routes = APIRouter(prefix="/v1/voices", tags=["voices"])
     config, library = service.config, service.library
     enrollments = Enrollments(config, library, service.reader)
+
+    @asynccontextmanager
+    async def looking(_: Any) -> AsyncIterator[None]:
+        look = asyncio.create_task(enrollments.stage.look())
+        yield
+        look.cancel()
+
+    routes = APIRouter(prefix="/v1/voices", tags=["voices"], lifespan=looking)
     reading = ThreadPoolExecutor(_AT_ONCE, "voices")
     Known, Counted = Annotated[Tenant, Depends(service.known)], Annotated[Tenant, Depends(service.counted)]
 
@@ -65,9 +75,8 @@ def router(service: Service) -> APIRouter:
         try:
             async with enrollments.place(tenant.name) as place:
                 return await _enrolled(request, tenant.name, place)
-        except NoStage:
-            text = "Voices cannot be made here: the application `enrollment` does not run"
-            raise Refusal(503, "no_enrollment", text) from None
+        except NoStage as error:
+            raise Refusal(503, error.code, f"Voices cannot be made here: {error}") from error
         except Full:
             raise busy(
                 f"{config.most_enrolling} of your voices are being made: wait for one of them",
@@ -76,7 +85,7 @@ def router(service: Service) -> APIRouter:
             ) from None
 
     async def _enrolled(request: Request, tenant: str, place: str) -> JSONResponse:
-        await enrollments.stage()
+        await enrollments.stage.agree()
         async with request.form(
             max_files=config.most_samples, max_fields=config.most_samples + len(_FIELDS), max_part_size=1 << 14
         ) as form:

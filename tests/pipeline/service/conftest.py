@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import socket
 from collections.abc import Iterator
@@ -90,6 +91,16 @@ def service(tmp_path_factory, bounded_proxy, local_ray) -> Iterator[Running]:
         yield Running(f"http://127.0.0.1:{port}", folder, model, codec)
     finally:
         serve.shutdown()
+
+
+@pytest.fixture
+def serve_log(caplog, monkeypatch):
+    """`caplog` of Ray Serve's logger, which tells its parents or not, by what was imported before."""
+    logger = logging.getLogger("ray.serve")
+    monkeypatch.setattr(logger, "propagate", False)
+    logger.addHandler(caplog.handler)
+    yield caplog
+    logger.removeHandler(caplog.handler)
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.service import enrolling
+from pipeline.service import enrollment_link
 from pipeline.service.config import ServiceConfig
 from pipeline.service.engine import SpeechEngine
 from pipeline.service.recordings import SampleReader
@@ -45,7 +45,7 @@ def running(tmp_path_factory):
     config = ServiceConfig(model=model, codec=codec, voices=str(folder / "voices"), device="cpu", longest_text=150)
     engine, reader = SpeechEngine(config), HeldReader(config)
     with stage(model) as handle, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(enrolling, "_stage", lambda: handle)
+        patch.setattr(enrollment_link, "_found", lambda: handle)
         with serving(Service(config, Handle(engine), Handle(reader))) as url:
             yield url, voices, reader
     engine.speaker.stop()

@@ -183,6 +183,9 @@ def test_no_name_of_a_voice_leads_anywhere(service, id):
         ({"instructions": "whisper"}, 400, "unsupported_value", "instructions"),
         ({"stream_format": "sse"}, 400, "unsupported_value", "stream_format"),
         ({"seed": 2**80}, 400, "invalid_value", "seed"),
+        ({"voice": 3}, 400, "invalid_value", "voice"),
+        ({"voice": {"id": 3}}, 400, "invalid_value", "voice"),
+        ({"voice": {"name": "ann"}}, 400, "invalid_value", "voice"),
         ({"temperature": 3}, 400, "unknown_parameter", "temperature"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 import shutil
 import threading
@@ -21,9 +22,10 @@ from model.initial_state import Recipe, drawn
 from model.tuned import Tuned
 from model.voice_file import unpack
 from pipeline.enrolled import voice_bytes
-from pipeline.service import enrolling
+from pipeline.service import enrolling, enrollment_link
 from pipeline.service.config import ServiceConfig
-from pipeline.service.enrolling import Enrollments
+from pipeline.service.enrolling import Enrollments, Full
+from pipeline.service.ingress import application
 from pipeline.service.recordings import Recording, SampleReader
 from pipeline.service.service import Service
 from pipeline.service.voice_library import VoiceLibrary
@@ -94,7 +96,7 @@ def held_reader(config: ServiceConfig) -> HeldReader:
 def service(config: ServiceConfig, held_reader: HeldReader, monkeypatch):
     """Its address; recordings are read once `held_reader` is let go."""
     with stage(config.model) as handle:
-        monkeypatch.setattr(enrolling, "_stage", lambda: handle)
+        monkeypatch.setattr(enrollment_link, "_found", lambda: handle)
         with serving(Service(config, None, Handle(held_reader))) as url:
             yield url
         held_reader.holding.free.set()
@@ -231,7 +233,7 @@ def staged(config, monkeypatch):
     def run(scenario: Callable[[Handle], Any], **changes: Any) -> None:
         async def whole() -> None:
             with stage(config.model, **changes) as handle:
-                monkeypatch.setattr(enrolling, "_stage", lambda: handle)
+                monkeypatch.setattr(enrollment_link, "_found", lambda: handle)
                 await scenario(handle)
 
         asyncio.run(whole())
@@ -293,6 +295,87 @@ def test_what_another_process_deletes_is_gone_here_too(config, staged):
         assert files_of(config) == []
 
     staged(scenario, **ENDLESS)
+
+
+def test_an_enrollment_that_nobody_follows_any_more_is_lost_within_a_minute(config, staged, monkeypatch):
+    monkeypatch.setattr(enrolling, "_BEAT", 0.1)
+    monkeypatch.setattr(enrolling, "_LOST", 2.0)
+    config = dataclasses.replace(config, most_enrolling=1)
+
+    async def scenario(handle: Handle) -> None:
+        here, later = (Held(config, VoiceLibrary(config.voices), Handle(SampleReader(config))) for _ in range(2))
+        enrollment = await begun(here, [Recording(SAMPLES[0], TEXT)])
+        await soon(tuned(handle, 1))
+        await asyncio.sleep(3)
+        assert later.find("local", "ann").status == "tuning", "somebody follows it"
+        with pytest.raises(Full):
+            await begun(later, [Recording(SAMPLES[0], TEXT)])
+        here._tasks[enrollment.request].cancel()  # as a process that ends
+        await soon(lambda: later.find("local", "ann").status == "failed", seconds=10)
+        assert later.find("local", "ann").error["code"] == "lost"
+        again = await begun(later, [Recording(SAMPLES[0], TEXT)])
+        await soon(tuned(handle, 1))
+        await later.cancel("local", again)
+
+    staged(scenario, **ENDLESS)
+
+
+def test_a_stage_of_another_model_makes_no_voices(config, held_reader, tmp_path, monkeypatch):
+    def asked(id: str) -> requests.Response:
+        return requests.post(f"{url}/v1/voices", **form(id, SAMPLES), timeout=60)
+
+    other, _ = write_speaker(tmp_path / "other", seed=1)
+    with stage(config.model) as ours, stage(other) as theirs:
+        deployed = Handle(theirs._replica)
+        monkeypatch.setattr(enrollment_link, "_found", lambda: deployed)
+        with serving(Service(config, None, Handle(held_reader))) as url:
+            told = error_of(asked("ann"), 503, "model_mismatch")
+            for model in (config.model, other):
+                card = load(model)[1]
+                assert card.fingerprint[:12] in told and card.codec.digest[:12] in told
+            assert "same `model`" in told
+            deployed._replica = ours._replica
+            assert asked("ann").status_code == 202, "it is asked again after it was deployed anew"
+            deployed._replica = theirs._replica
+            held_reader.holding.free.set()
+            ann = f"{url}/v1/voices/ann"
+            voice = until(lambda: (v := requests.get(ann, timeout=60).json())["status"] == "failed" and v)
+            assert voice["error"]["code"] == "model_mismatch" and files_of(config) == ["ann.json"]
+            error_of(asked("ben"), 503, "model_mismatch")
+
+
+def test_a_stage_of_another_model_is_in_the_log_from_the_start(config, tmp_path, monkeypatch, serve_log):
+    monkeypatch.setattr(enrollment_link, "_PAUSE", 0.1)
+    deployed: list[Handle] = []
+
+    def found() -> Handle:
+        if not deployed:
+            raise enrollment_link.NoStage("it does not run")
+        return deployed[0]
+
+    async def started() -> None:
+        app = application(Service(config, None, None))
+        async with app.router.lifespan_context(app):
+            await asyncio.sleep(0.3)
+            assert "voices cannot be made" not in serve_log.text, "it may come up later"
+            deployed.append(handle)
+            await soon(lambda: "voices cannot be made here: the enrollment stage has model" in serve_log.text)
+
+    monkeypatch.setattr(enrollment_link, "_found", found)
+    with stage(write_speaker(tmp_path / "other", seed=1)[0]) as handle:
+        asyncio.run(started())
+
+
+def test_a_stage_that_does_not_answer_is_told(config, monkeypatch):
+    class Silent:
+        async def about(self) -> None:
+            await asyncio.sleep(60)
+
+    monkeypatch.setattr(enrollment_link, "_PATIENCE", 0.1)
+    monkeypatch.setattr(enrollment_link, "_found", lambda: Handle(Silent()))
+    with serving(Service(config, None, None)) as url:
+        told = error_of(requests.post(f"{url}/v1/voices", **form("ann", SAMPLES), timeout=60), 503, "no_enrollment")
+    assert "does not answer (TimeoutError)" in told
 
 
 def tuned(stage: Handle, count: int) -> Callable[[], Any]:
