@@ -24,6 +24,8 @@ def cluster_of(nodes: int) -> Iterator[None]:
     from ray.cluster_utils import Cluster
 
     quick = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 1000, "health_check_failure_threshold": 4}
+    # Ray writes the newest cluster's address there, and does not make the folder
+    os.makedirs(os.path.join(os.environ.get("RAY_TMPDIR", "/tmp"), "ray"), exist_ok=True)
     # Not in a test's own folder: the sockets' paths must stay under 108 bytes
     folder = tempfile.mkdtemp(prefix="lr-", dir="/tmp")
     node = {"num_cpus": 1, "object_store_memory": 150_000_000}

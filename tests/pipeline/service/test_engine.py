@@ -44,6 +44,14 @@ def engine(folder):
     engine.speaker.stop()
 
 
+@pytest.fixture
+def patient(folder):
+    """Whose limit no busy machine reaches."""
+    engine = SpeechEngine(configured(folder, rows=2, waiting=0))
+    yield engine
+    engine.speaker.stop()
+
+
 def configured(folder, **changes) -> ServiceConfig:
     return ServiceConfig(model=str(folder / "model"), codec=str(folder / "codec"), device="cpu", **changes)
 
@@ -52,13 +60,13 @@ async def answered(engine: SpeechEngine, text: str, voice: str | None = None, st
     return [item async for item in engine.speak(SpeechRequest(text, voice, "ann", 0, stream))]
 
 
-def test_an_answer_has_a_beginning_speech_and_a_report(engine, folder):
-    begun, *speech, report = asyncio.run(answered(engine, "Rain.", str(folder / "ann.safetensors")))
+def test_an_answer_has_a_beginning_speech_and_a_report(patient, folder):
+    begun, *speech, report = asyncio.run(answered(patient, "Rain.", str(folder / "ann.safetensors")))
     assert isinstance(begun, Begun) and begun.rate == 24_000 and len(begun.voice_digest) == 64
-    assert begun.consent == "Ann Example, 2025-03-01: tests" and begun.model == engine.synthesizer.card.fingerprint
+    assert begun.consent == "Ann Example, 2025-03-01: tests" and begun.model == patient.synthesizer.card.fingerprint
     assert speech and all(part.dtype == np.float32 for part in speech) and report["pieces"] == 1
-    assert asyncio.run(engine.facts())["requests"] == 0
-    engine.check_health()
+    assert asyncio.run(patient.facts())["requests"] == 0
+    patient.check_health()
 
 
 @pytest.mark.parametrize("stream", [True, False])
