@@ -1,6 +1,7 @@
 """Training a codec from any corpus: a pool of speech, workers that step together, checkpoints, weights, MLflow.
 
     <output>/pool/, <output>/valid/     the corpus's speech as memory-mapped samples, made once
+    <output>/data.json                  what corpus that is
     <output>/checkpoint.pt              everything the next step depends on; tensors, numbers and text only
     <output>/export/                    config.json and model.safetensors: what `--codec PATH` takes
 
@@ -14,7 +15,6 @@ import dataclasses
 import io
 import json
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,14 +26,15 @@ from infra.config import option
 from model.codec import CONFIG_FILE, WEIGHTS_FILE
 from model.codec_config import CodecConfig, CodecError
 from pipeline import codec_weights, training_desk
+from pipeline.codec_pools import make_pools
+from pipeline.corpus_options import CorpusOptions
 from pipeline.speech_pool import Augmentation, SpeechPool
 
 if TYPE_CHECKING:
     from model.codec_training.trainer import CodecTrainer, Recipe
+    from pipeline.codec_weights import ResolvedCodec
 
 CHECKPOINT, EXPORT = "checkpoint.pt", "export"
-_HELD_OUT = ("heldout", "test")
-"""Values of a manifest's `split` column that are never trained on."""
 STARTING = Augmentation(noise=0.05, room=0.05, second_voice=0.0, lowest_level=-14.0)
 """How the speech is varied from which codebooks start before any training."""
 _MAX_SKIPPED = 20
@@ -41,10 +42,10 @@ _MAX_SKIPPED = 20
 
 
 @dataclass(frozen=True)
-class TrainCodecConfig:
+class TrainCodecConfig(CorpusOptions):
     """From a corpus to a codec of EnCodec's architecture."""
 
-    data: str = option("data/demo/manifest.jsonl", "manifest or folder of recordings: any input that tokenize takes")
+    data: str = option("data/demo/manifest.jsonl", "manifest or folder, as tokenize takes it; over 60 s is left out")
     output: str = option("out/codec", "local folder for the speech, the checkpoint and the exported codec")
     name: str = option("codec", "name of the codec")
     filters: int = option(32, "channels at the full sample rate; they double at every stride")
@@ -66,6 +67,7 @@ class TrainCodecConfig:
     full_depth: float = option(0.5, "share of the utterances that use all codebooks; the others use some of them")
     first_alone: float = option(0.0, "share of the utterances that use the first codebook alone")
     start_from: str = option("", "codec whose sizes and weights training starts from: demo, encodec_24khz or a folder")
+    codec_weights: str | None = option(None, "path or URL of EnCodec's own weights, for machines without internet")
     decoder_only: bool = option(
         False, "train the decoder of start_from alone: its codes, and so datasets and models, stay"
     )
@@ -86,6 +88,7 @@ class TrainCodecConfig:
     tracking: str = option("", tracking.OPTION)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self.codec()
         if self.steps < 0:
             raise ValueError(f"steps must not be negative, not {self.steps}")
@@ -107,6 +110,10 @@ class TrainCodecConfig:
             )
         if self.decoder_only and not self.start_from:
             raise ValueError("decoder_only needs a codec to start_from")
+        if self.codec_weights and self.start_from != "encodec_24khz":
+            raise ValueError(
+                f"codec_weights needs start_from encodec_24khz, whose weights they are, not {self.start_from!r}"
+            )
         if not storage.is_local(self.output):
             raise ValueError(f"output {self.output} must be a local folder or one that all workers have mounted")
 
@@ -138,14 +145,18 @@ def train(config: TrainCodecConfig) -> dict[str, float]:
     """Trains to the last step, from the checkpoint in `output` if there is one; returns the last log line's numbers.
 
     Raises:
-        CodecError: no usable speech, a checkpoint of another architecture, steps without finite gradients.
+        CodecError: no usable speech, a checkpoint of another architecture or start, steps without finite gradients.
         ManifestError: the data cannot be read.
     """
-    config = adopt(resolve(config))
+    config = resolve(config)
+    start = codec_weights.resolve(config.start_from, config.codec_weights) if config.start_from else None
+    if start:
+        config = adopt(config, start.config)
+        require_same_start(config, start.digest)
     make_pools(config)
     uri = tracking.resolved(config.tracking)
     if config.workers == 1:
-        return train_worker(config, 0, uri)
+        return train_worker(config, 0, uri, start)
     import ray
     import ray.train
     from ray.train.torch import TorchTrainer
@@ -163,7 +174,7 @@ def train(config: TrainCodecConfig) -> dict[str, float]:
     desk = training_desk.opened()
     result = TorchTrainer(
         _ray_worker,
-        train_loop_config={"config": config, "desk": desk, "uri": uri},
+        train_loop_config={"config": config, "desk": desk, "uri": uri, "start": start},
         scaling_config=scaling,
         run_config=run,
     ).fit()
@@ -174,30 +185,41 @@ def train(config: TrainCodecConfig) -> dict[str, float]:
 
 def resolve(config: TrainCodecConfig) -> TrainCodecConfig:
     """Relative paths are the caller's, not the workers'."""
-    there = storage.is_local(config.data) and storage.exists(
-        config.data
-    )  # or a pair of files, read by the caller alone
-    data = storage.absolute(config.data) if there else config.data
+    data = config.root if config.corpus else config.data
+    if storage.is_local(data) and storage.exists(data):  # or a pair of files, read by the caller alone
+        data = storage.absolute(data)
+    weights = storage.absolute(config.codec_weights) if config.codec_weights else None
     named = not config.start_from or config.start_from in codec_weights.NAMES
     start = config.start_from if named else storage.absolute(config.start_from)
-    return dataclasses.replace(config, data=data, output=storage.absolute(config.output), start_from=start)
+    output = storage.absolute(config.output)
+    return dataclasses.replace(config, data=data, output=output, start_from=start, codec_weights=weights)
 
 
-def adopt(config: TrainCodecConfig) -> TrainCodecConfig:
+def adopt(config: TrainCodecConfig, found: CodecConfig) -> TrainCodecConfig:
     """The settings with the sizes of the codec in `start_from`, and with its name where its codes stay.
 
     Raises:
-        CodecError: it cannot be had, or has sizes that this job does not train.
+        CodecError: it has sizes that this job does not train.
     """
-    if not config.start_from:
-        return config
-    found = codec_weights.resolve(config.start_from).config
     settable = {field.name for field in dataclasses.fields(config)} - ({"name"} if not config.decoder_only else set())
     adopted = dataclasses.replace(config, **{n: v for n, v in vars(found).items() if n in settable})
     theirs, ours = found.to_dict(), adopted.codec().to_dict() | {"name": found.name}
     if differing := [f"{name} {theirs[name]}" for name in ours if theirs[name] != ours[name]]:
         raise CodecError(f"the codec in start_from {config.start_from} cannot be trained here: {', '.join(differing)}")
     return adopted
+
+
+def require_same_start(config: TrainCodecConfig, digest: str) -> None:
+    """Raises CodecError where a checkpoint is there of a run that did not start from the weights with this digest."""
+    if not storage.exists(storage.join(config.output, CHECKPOINT)):
+        return
+    started = _read_checkpoint(config.output).get("started_from")
+    if started not in (None, digest):  # checkpoints from before it was kept do not tell
+        theirs = f"the weights {started[:12]}…" if started else "random weights"
+        raise CodecError(
+            f"{config.output} holds a run that started from {theirs}, not from those of {config.start_from} "
+            f"({digest[:12]}…); choose another --output, or take this --start-from back"
+        )
 
 
 def _ray_worker(settings: dict[str, Any]) -> None:
@@ -209,62 +231,17 @@ def _ray_worker(settings: dict[str, Any]) -> None:
     if ray.get(desk.given_up.remote()):
         return
     try:
-        metrics = train_worker(settings["config"], ray.train.get_context().get_world_rank(), settings["uri"])
+        rank = ray.train.get_context().get_world_rank()
+        metrics = train_worker(settings["config"], rank, settings["uri"], settings["start"])
     except CodecError as error:
         ray.get(desk.give_up.remote(str(error)))
         raise
     ray.train.report(metrics)
 
 
-def make_pools(config: TrainCodecConfig) -> None:
-    """Reads, checks and resamples the corpus once into `output`/pool and /valid; prints what was left out and why."""
-    output = Path(storage.absolute(config.output))
-    note = output / "data.json"
-    if note.exists():
-        made = json.loads(note.read_text(encoding="utf-8"))
-        if made["data"] != storage.absolute(config.data):
-            raise CodecError(f"{output} holds speech of {made['data']}, not of {config.data}; choose another --output")
-        return
-    rejects: dict[str, int] = {}
-    rate = config.codec().sample_rate
-    train = SpeechPool.write(output / "pool", _waves(config, rate, rejects, valid=False), rate)
-    valid = SpeechPool.write(output / "valid", _waves(config, rate, {}, valid=True), rate)
-    facts = {
-        "data": storage.absolute(config.data),
-        "seconds": train.seconds,
-        "utterances": len(train.ends),
-        "digest": train.digest,
-        "valid_utterances": len(valid.ends),
-        "rejects": rejects,
-    }
-    storage.write_text(str(note), json.dumps(facts, indent=2) + "\n")
-    print(f"train_codec: {train.seconds / 3600:.2f} h of speech in {len(train.ends)} utterances, rejects {rejects}")
-
-
-def _waves(config: TrainCodecConfig, rate: int, rejects: dict[str, int], valid: bool) -> Iterator[np.ndarray]:
-    """Utterances of the corpus: those to train on, or every 50th, 16 at most, to validate on."""
-    from pipeline.audio import clean_audio
-    from pipeline.manifests import open_manifest
-    from pipeline.utterances import Reject, Unusable
-
-    taken = 0
-    for number, row in enumerate(open_manifest(config.data)):
-        if isinstance(row, Reject):
-            rejects[row.reason] = rejects.get(row.reason, 0) + 1
-            continue
-        if row.extra.get("split") in _HELD_OUT or (number % 50 == 0) != valid or (valid and taken == 16):
-            continue
-        try:
-            yield clean_audio(row.audio, row.start, row.duration, target_rate=rate, channel=row.channel)
-            taken += 1
-        except Unusable as unusable:
-            rejects[unusable.reason] = rejects.get(unusable.reason, 0) + 1
-    if not taken:
-        raise CodecError(f"{config.data} has no usable speech to {'validate' if valid else 'train'} on: {rejects}")
-
-
-def train_worker(config: TrainCodecConfig, rank: int, uri: str) -> dict[str, float]:
-    """One worker's loop; the first one logs, to MLflow at `uri`, saves and validates."""
+def train_worker(config: TrainCodecConfig, rank: int, uri: str, start: ResolvedCodec | None) -> dict[str, float]:
+    """One worker's loop, from the checkpoint, `start` or random weights; the first worker logs, to MLflow at `uri`,
+    saves and validates."""
     import torch
 
     from model.codec_training.trainer import CodecTrainer
@@ -277,8 +254,8 @@ def train_worker(config: TrainCodecConfig, rank: int, uri: str) -> dict[str, flo
     trainer = CodecTrainer(config.codec(), config.recipe(), _device(config))
     if storage.exists(storage.join(output, CHECKPOINT)):
         load_checkpoint(trainer, output)
-    elif config.start_from:
-        trainer.start_from(codec_weights.resolve(config.start_from).weights)
+    elif start:
+        trainer.start_from(start.weights)
     tracked = uri if rank == 0 else "none"
     known = tracking.known_run(output) if rank == 0 else None
     with tracking.track("codec", config.name, config, {"data": pool.digest}, known, tracked) as run:
@@ -408,16 +385,19 @@ def save_checkpoint(trainer: CodecTrainer, output: str) -> None:
 
 def load_checkpoint(trainer: CodecTrainer, output: str) -> None:
     """Raises CodecError where the checkpoint is damaged or trains another architecture."""
+    trainer.load_state_dict(_read_checkpoint(output))
+
+
+def _read_checkpoint(output: str) -> dict[str, Any]:
     import pickle
 
     import torch
 
     url = storage.join(output, CHECKPOINT)
     try:
-        state = torch.load(io.BytesIO(storage.read_bytes(url)), map_location="cpu", weights_only=True)
+        return torch.load(io.BytesIO(storage.read_bytes(url)), map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
         raise CodecError(f"{url} is no checkpoint of train_codec: {error}; delete it to start anew") from None
-    trainer.load_state_dict(state)
 
 
 def export(trainer: CodecTrainer, output: str) -> None:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from infra import storage
 from pipeline import codec_weights, json_lines, lengths, planning, shards
-from pipeline.manifests import Manifest, open_manifest
+from pipeline.manifests import Manifest
 from pipeline.plan import Plan, PlanError, differences, note_taken_up, read_rows, taken_up
 from pipeline.stages import Collect, Decode, Encode, Job, Transcribe, Write
 from pipeline.tokenize_config import TokenizeConfig, identity
@@ -40,9 +40,8 @@ _RECORDED_VERSIONS = ("encodec", "g2p-en", "numpy", "soundfile", "soxr", "torch"
 
 
 def open_input(config: TokenizeConfig) -> Manifest:
-    source = config.root if config.corpus else config.input
     cutting = {name: getattr(config, name) for name in ("segment_seconds", "max_seconds", "max_silence")}
-    return open_manifest(source, kind=config.kind, corpus=config.corpus, audio_root=config.audio_root, **cutting)
+    return config.open_corpus(config.input, **cutting)
 
 
 def resolve(config: TokenizeConfig) -> TokenizeConfig:

@@ -8,27 +8,18 @@ from typing import TYPE_CHECKING, Any
 
 from infra import tracking
 from infra.config import option
+from pipeline.corpus_options import CorpusOptions
 
 if TYPE_CHECKING:
     from pipeline.audio import SignalLimits
 
 
 @dataclass(frozen=True, kw_only=True)
-class TokenizeConfig:
+class TokenizeConfig(CorpusOptions):
     """From a corpus to token shards."""
 
     input: str = option("data/demo/manifest.jsonl", "manifest, folder of recordings or corpus; any fsspec URL")
     output: str = option("data/demo/tokens", "folder of the dataset; any fsspec URL")
-    kind: str = option(
-        "auto", "what the input is", ("auto", "jsonl", "csv", "tsv", "parquet", "lhotse", "libriheavy", "librilight")
-    )
-    corpus: str | None = option(
-        None,
-        "run lhotse's recipe for this corpus over --root",
-        ("librispeech", "libritts", "ljspeech", "vctk", "mls", "librilight"),
-    )
-    root: str | None = option(None, "folder of the corpus that --corpus names")
-    audio_root: str | None = option(None, "folder that replaces the prefix of the audio paths in Libriheavy's cuts")
 
     codec: str = option("encodec_24khz", "encodec_24khz, demo, or a folder with config.json and model.safetensors")
     codec_weights: str | None = option(None, "path or URL of EnCodec's own weights, for machines without internet")
@@ -65,6 +56,7 @@ class TokenizeConfig:
     experiment: str = option("tokenize", "MLflow experiment")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         positive = ("codebooks", "codec_threads", "batch_seconds", "shard_megabytes", "segment_seconds", "min_seconds")
         positive += ("codec_cpus", "decode_cpus", "transcribe_actors", "wave_batches", "max_phones_per_second")
         for name in positive:
@@ -80,8 +72,6 @@ class TokenizeConfig:
             raise ValueError("max_chars_per_second must be above min_chars_per_second")
         if not 0 <= self.max_reject_fraction <= 1:
             raise ValueError(f"max_reject_fraction must be between 0 and 1, not {self.max_reject_fraction}")
-        if self.corpus and not self.root:
-            raise ValueError("root is missing: --corpus needs --root, the folder of that corpus")
         if self.transcribe and self.keep_untranscribed:
             raise ValueError("keep_untranscribed: choose it or transcribe, not both")
 

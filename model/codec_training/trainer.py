@@ -8,6 +8,7 @@ gradients and codebook statistics are averaged, so all of them hold the same wei
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -113,13 +114,15 @@ class CodecTrainer:
         )
         self.generator = torch.Generator().manual_seed(recipe.seed)
         self.step_number = 0
+        self.started_from: str | None = ""
+        """sha256 of the weights that training began with; empty: random ones; None: the checkpoint does not tell."""
 
     def step(self, audio: torch.Tensor) -> dict[str, float]:
         """Trains on audio float32 [batch, samples], a whole number of hops long; returns what to log.
 
         Raises:
             FloatingPointError: audio, a loss or a gradient that is not finite, on any worker; at most the codebooks
-                have moved.
+                and the balancer's averages have moved.
         """
         audio = audio.to(self.device).unsqueeze(1)
         self.networks.train(), self.quantiser.train(not self.recipe.decoder_only)
@@ -143,9 +146,11 @@ class CodecTrainer:
         decoded.backward(output_gradient)
         if not self.recipe.decoder_only:
             latent.backward(self._with_commitment(bottleneck.grad, latent, quantised.commitment))
-        norm = self._apply(self.networks, self.optimiser, self.recipe.clip)
-        if self.adversarial:
-            logged["discriminator"] = self._step_judge(real, fake)
+        norm = self._clip(self.networks, self.recipe.clip)
+        if self.adversarial:  # its gradient, too, is known to be finite before anything steps
+            logged["discriminator"] = self._teach_judge(real, fake)
+            self.judge_optimiser.step()
+        self.optimiser.step()
         self.step_number += 1
         logged |= {name: float(loss.detach()) for name, loss in losses.items()}
         logged |= {"grad_norm": norm, "lr": rate}
@@ -176,6 +181,7 @@ class CodecTrainer:
         except (KeyError, RuntimeError) as error:
             raise CodecError(f"codec {self.config.name!r} cannot start from weights of other sizes: {error}") from None
         self.quantiser.started.fill_(True)
+        self.started_from = hashlib.sha256(weights).hexdigest()
 
     @property
     def adversarial(self) -> bool:
@@ -193,6 +199,7 @@ class CodecTrainer:
         """Tensors, numbers and text only: `torch.load(…, weights_only=True)` reads it back."""
         return {
             "step": self.step_number,
+            "started_from": self.started_from,
             "config": self.config.to_dict(),
             "recipe": {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self.recipe).items()},
             "networks": self.networks.state_dict(),
@@ -220,6 +227,7 @@ class CodecTrainer:
         self.balancer.load_state_dict(state["balancer"])
         self.generator.set_state(state["generator"])
         self.step_number = int(state["step"])
+        self.started_from = state.get("started_from")
         judge, ours = state["judge"], self.judge.state_dict()
         if judge.keys() == ours.keys() and all(judge[name].shape == ours[name].shape for name in ours):
             self.judge.load_state_dict(state["judge"])
@@ -254,12 +262,12 @@ class CodecTrainer:
         shallow[drawn >= 1 - self.recipe.first_alone] = 1
         return shallow.to(self.device)
 
-    def _step_judge(self, real: adversary.Judgement, fake: adversary.Judgement) -> float:
-        """The discriminator learns from the judgements that the generator is led by: nothing is judged twice."""
+    def _teach_judge(self, real: adversary.Judgement, fake: adversary.Judgement) -> float:
+        """The discriminator's gradient, from the judgements that the generator is led by: nothing is judged twice."""
         loss = adversary.discriminator_loss(real, fake)
         self.judge_optimiser.zero_grad(set_to_none=True)
         loss.backward(inputs=list(self.judge.parameters()))
-        self._apply(self.judge, self.judge_optimiser, 10.0)
+        self._clip(self.judge, 10.0)
         return float(loss.detach())
 
     def _set_rates(self) -> float:
@@ -269,13 +277,17 @@ class CodecTrainer:
         self.judge_optimiser.param_groups[0]["lr"] = share * self.recipe.discriminator_rate
         return share * self.recipe.learning_rate
 
-    def _apply(self, module: nn.Module, optimiser: torch.optim.Optimizer, clip: float) -> float:
+    def _clip(self, module: nn.Module, clip: float) -> float:
+        """Averages the gradients over the workers and clips them; returns their norm, the same on all workers.
+
+        Raises:
+            FloatingPointError: it is not finite.
+        """
         gradients = [p.grad for p in module.parameters() if p.grad is not None]
         average_over_workers(*gradients)
         norm = float(nn.utils.clip_grad_norm_(module.parameters(), clip))
         if norm != norm or norm == float("inf"):
             raise FloatingPointError(f"gradient norm {norm} at step {self.step_number}")
-        optimiser.step()
         return norm
 
 

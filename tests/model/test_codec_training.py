@@ -190,6 +190,22 @@ def test_a_bad_batch_costs_one_step(adversarial_from: int) -> None:
     assert np.isfinite(run(trainer, 1)[0]["mel"])
 
 
+def test_a_discriminator_without_a_finite_gradient_moves_nothing() -> None:
+    """The generator waits for it."""
+    trainer = CodecTrainer(TINY, dataclasses.replace(RECIPE, adversarial_from=1))
+    run(trainer, 6)
+    parts = nn.ModuleList([trainer.networks, trainer.judge])
+    before = {name: value.clone() for name, value in parts.state_dict().items()}
+    steps = [int(state["step"]) for state in trainer.optimiser.state.values()]
+    spoilt = next(trainer.judge.parameters()).register_hook(lambda gradient: gradient * float("nan"))
+    with pytest.raises(FloatingPointError, match="norm nan"):
+        run(trainer, 1)
+    spoilt.remove()
+    assert all(torch.equal(value, before[name]) for name, value in parts.state_dict().items())
+    assert steps == [int(state["step"]) for state in trainer.optimiser.state.values()]
+    assert np.isfinite(run(trainer, 1)[0]["discriminator"])
+
+
 def test_a_resumed_run_follows_its_new_recipe() -> None:
     first = CodecTrainer(TINY, dataclasses.replace(RECIPE, quantise_from=50, discriminator_windows=(256, 128)))
     run(first, 5)
@@ -204,17 +220,22 @@ def test_a_resumed_run_follows_its_new_recipe() -> None:
 def _two_workers(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    trainer = CodecTrainer(TINY, RECIPE)
-    for step in range(8):
+    trainer = CodecTrainer(TINY, dataclasses.replace(RECIPE, adversarial_from=2))
+    given_up = []
+    for step in range(9):
         audio = speech(2 * step + rank)
         if (step, rank) == (6, 1):
             audio = audio * float("inf")
+        spoilt = float("nan") if (step, rank) == (7, 1) else 1.0
+        hook = next(trainer.judge.parameters()).register_hook(lambda gradient, factor=spoilt: gradient * factor)
         try:
             trainer.step(audio)
         except FloatingPointError:
-            assert step == 6
+            given_up.append(step)
             trainer.step_number += 1
-    torch.save({"networks": trainer.networks.state_dict(), "quantiser": trainer.quantiser.embed}, f"{folder}/{rank}.pt")
+        hook.remove()
+    state = {"networks": trainer.networks.state_dict(), "judge": trainer.judge.state_dict(), "given_up": given_up}
+    torch.save(state | {"quantiser": trainer.quantiser.embed}, f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
@@ -223,7 +244,9 @@ def test_workers_hold_the_same_codec(tmp_path) -> None:
     torch.multiprocessing.spawn(_two_workers, (str(tmp_path),), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
     assert torch.equal(first["quantiser"], second["quantiser"]) and first["quantiser"].std() > 0
-    assert all(torch.equal(value, second["networks"][name]) for name, value in first["networks"].items())
+    assert first["given_up"] == second["given_up"] == [6, 7]
+    for part in ("networks", "judge"):
+        assert all(torch.equal(value, second[part][name]) for name, value in first[part].items())
 
 
 def test_dead_codes_restart() -> None:

@@ -14,7 +14,7 @@ import torch
 
 from model.codec import Codec
 from model.codec_config import CodecError
-from pipeline import codec_training
+from pipeline import codec_training, codec_weights
 from pipeline.codec_training import TrainCodecConfig, train
 from pipeline.speech_pool import Augmentation, SpeechPool
 
@@ -42,7 +42,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return manifest
 
 
-def settings(corpus: Path, folder: Path, **values) -> TrainCodecConfig:
+def settings(corpus: Path, folder: Path, /, **values) -> TrainCodecConfig:
     return TrainCodecConfig(**({"data": str(corpus), "output": str(folder), "steps": 6} | SMALL | values))
 
 
@@ -94,12 +94,74 @@ def test_codecs_of_other_kinds_are_no_start(corpus: Path, tmp_path: Path) -> Non
     assert not (tmp_path / "run").exists()
 
 
+def test_encodecs_own_weights_can_be_given(corpus: Path, tmp_path: Path, monkeypatch) -> None:
+    """A small codec stands in for EnCodec's, and is fetched once."""
+    Codec.random(settings(corpus, tmp_path).codec()).save(tmp_path / "begin")
+    asked, found = [], codec_weights.resolve(str(tmp_path / "begin"))
+    monkeypatch.setattr(codec_weights, "resolve", lambda *what: asked.append(what) or found)
+    monkeypatch.chdir(tmp_path)
+    train(settings(corpus, Path("run"), start_from="encodec_24khz", codec_weights="encodec.th", steps=1))
+    assert asked == [("encodec_24khz", str(tmp_path / "encodec.th"))]
+    assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["started_from"] == found.digest
+
+
+def test_a_run_keeps_to_the_codec_that_it_started_from(corpus: Path, tmp_path: Path) -> None:
+    config = settings(corpus, tmp_path).codec()
+    for seed, name in enumerate(("one", "two")):
+        Codec.random(config, seed=seed).save(tmp_path / name)
+    one, two = ({"start_from": str(tmp_path / name)} for name in ("one", "two"))
+    train(settings(corpus, tmp_path / "run", steps=2, **one))
+    with pytest.raises(CodecError, match=r"started from the weights [0-9a-f]{12}….* not from those of .*two"):
+        train(settings(corpus, tmp_path / "run", **two))
+    train(settings(corpus, tmp_path / "run", steps=4))  # not named: goes on, where that codec has gone, too
+    train(settings(corpus, tmp_path / "run", **one))
+    train(settings(corpus, tmp_path / "random", steps=4))
+    with pytest.raises(CodecError, match="random weights"):
+        train(settings(corpus, tmp_path / "random", **one))
+
+
+def test_corpora_are_opened_as_tokenize_opens_them(corpus: Path, tmp_path: Path) -> None:
+    table = tmp_path / "rows.txt"
+    table.write_text("audio\n0.wav\n1.wav\n2.wav\n", encoding="utf-8")
+    named = {"kind": "csv", "audio_root": str(corpus.parent)}
+    codec_training.make_pools(settings(table, tmp_path / "table", **named))
+    recordings = {"corpus": "librilight", "root": str(corpus.parent)}
+    codec_training.make_pools(settings(tmp_path / "not-read", tmp_path / "folder", **recordings))
+    facts = [json.loads((tmp_path / name / "data.json").read_text()) for name in ("table", "folder")]
+    assert [made["manifest"]["kind"] for made in facts] == ["csv", "librilight"]
+    assert [(made["utterances"], made["valid_utterances"]) for made in facts] == [(2, 1), (5, 1)]
+
+
 def test_pools_leave_out_what_is_held_out_or_unusable(corpus: Path, tmp_path: Path) -> None:
     codec_training.make_pools(settings(corpus, tmp_path))
     facts = json.loads((tmp_path / "data.json").read_text())
     assert facts["utterances"] == 4 and facts["valid_utterances"] == 1 and facts["rejects"] == {"missing-file": 1}
-    with pytest.raises(CodecError, match="another --output"):
-        codec_training.make_pools(settings(tmp_path / "other.jsonl", tmp_path))
+
+
+def test_what_comes_first_need_not_be_usable(corpus: Path, tmp_path: Path) -> None:
+    *rows, gone = map(json.loads, corpus.read_text().splitlines())
+    manifest = corpus.parent / "late.jsonl"
+    manifest.write_text("\n".join(map(json.dumps, (rows[4], gone, *rows[:2]))), encoding="utf-8")
+    codec_training.make_pools(settings(manifest, tmp_path / "two"))
+    facts = json.loads((tmp_path / "two" / "data.json").read_text())
+    assert (facts["utterances"], facts["valid_utterances"], facts["rejects"]) == (1, 1, {"missing-file": 1})
+    manifest.write_text("\n".join(map(json.dumps, (gone, rows[0]))), encoding="utf-8")
+    with pytest.raises(CodecError, match=r"two utterances are the least; rejects \{'missing-file': 1\}"):
+        codec_training.make_pools(settings(manifest, tmp_path / "one"))
+
+
+def test_a_corpus_may_move_but_not_change(corpus: Path, tmp_path: Path) -> None:
+    moved = corpus.parent / "moved.jsonl"
+    moved.write_bytes(corpus.read_bytes())
+    run = settings(moved, tmp_path / "run")
+    codec_training.make_pools(settings(corpus, tmp_path / "run"))
+    codec_training.make_pools(run)
+    moved.write_text("\n".join(corpus.read_text().splitlines()[:3]), encoding="utf-8")
+    with pytest.raises(CodecError, match=r"sha256.*another --output, or delete .*data\.json"):
+        codec_training.make_pools(run)
+    (tmp_path / "run" / "data.json").unlink()
+    codec_training.make_pools(run)
+    assert json.loads((tmp_path / "run" / "data.json").read_text())["utterances"] == 2
 
 
 def test_what_a_run_tracks(corpus: Path, tmp_path: Path, tracking_uri: str) -> None:
@@ -149,6 +211,8 @@ def test_workers_are_not_started_again_for_what_would_come_again(corpus: Path, t
         ({"steps": 0}, "quantise_from 3 must be below steps 0"),
         ({"filters": 0}, "filters"),
         ({"decoder_only": True}, "start_from"),
+        ({"codec_weights": "x.th"}, "codec_weights needs start_from encodec_24khz"),
+        ({"corpus": "vctk"}, "root is missing"),
         ({"full_depth": 0.7, "first_alone": 0.4}, "one whole"),
         ({"output": "s3://bucket/run"}, "mounted"),
     ],
