@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, BinaryIO, TypeVar
 
 if TYPE_CHECKING:
     import fsspec
+    import pyarrow.fs
 
 _TEMPORARY = ".part-"
 _PAUSES = (1.0, 4.0)
@@ -58,6 +59,14 @@ def filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
     import fsspec
 
     return fsspec.core.url_to_fs(url)
+
+
+def arrow_filesystem(url: str) -> tuple[pyarrow.fs.FileSystem, str]:
+    """As `filesystem`, for whoever takes none but PyArrow's file systems, which are fewer."""
+    import pyarrow.fs
+
+    fs, path = filesystem(url)
+    return pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(fs)), path
 
 
 @contextmanager
@@ -137,6 +146,16 @@ def names(url: str) -> list[str]:
     with as_os_errors(url):
         fs.invalidate_cache(path)
         return sorted(posixpath.basename(p) for p in fs.ls(path, detail=False)) if fs.exists(path) else []
+
+
+def version(url: str) -> list[str]:
+    """What changes when a file is replaced: its size, its time, its tag; empty where nothing can be told of it."""
+    fs, path = filesystem(url)
+    try:
+        info = fs.info(path)
+    except OSError:
+        return []
+    return [str(info.get(name, "")) for name in ("size", "mtime", "ETag", "LastModified")]
 
 
 def remove(url: str) -> None:

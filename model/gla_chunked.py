@@ -119,12 +119,15 @@ class _Whole(NamedTuple):
 
 
 def _safe_width(g: torch.Tensor) -> int:
-    """Width of the widest blocks, C halved some times, through none of which a channel decays below exp(-LIMIT)."""
+    """Width of the widest blocks, C halved some times, through none of which a channel decays below exp(-LIMIT).
+
+    What is not a number spoils its own row alone: it says nothing about the decay of others.
+    """
     width, totals = 1, [g]
     while width < g.shape[2]:
         totals.append(totals[-1].unflatten(2, (-1, 2)).sum(3))
         width *= 2
-    while width > 1 and totals.pop().min() < -LIMIT:
+    while width > 1 and (totals.pop() < -LIMIT).any():
         width //= 2
     return width
 

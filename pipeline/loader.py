@@ -6,17 +6,18 @@
             if micro.rows.size: train(micro.batch)
 
 There is no state to save: start at a step and get what an uninterrupted run gets. A sample that cannot be read is named
-and left out, which every run with the same data does alike; too many of them end the run.
+and left out, which every run with the same data does alike. Too many of them end the run; a shard that has lost many is
+counted once, as a lost shard, since one damaged file may have thousands.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import numpy as np
 
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     from model.lina import Batch
 
 _log = logging.getLogger(__name__)
+_LOST = 10
+"""Samples that a shard may lose before it counts as lost itself."""
 
 
 class MicroBatch(NamedTuple):
@@ -65,11 +68,12 @@ class Loader:
         cache_bytes: limit of that folder. It should hold the shards of two of the schedule's windows.
         prefetch: steps that are read ahead.
         threads: that read them.
-        max_bad_samples: that this worker leaves out before it gives up.
+        max_bad_samples: that this worker leaves out before it gives up, those of lost shards aside.
+        max_bad_shards: lost ones, of each of which this worker has left out more than 10 samples, before it gives up.
 
     Raises:
-        DataError: the dataset is of another codec, or has fewer codebooks than the schedule counts.
-        ValueError: the budget is too small for so many workers.
+        DataError: the dataset is of another codec, has fewer codebooks than the schedule counts, or its samples are
+            too long for the budget and so many workers.
     """
 
     def __init__(
@@ -86,6 +90,7 @@ class Loader:
         prefetch: int = 8,
         threads: int = 4,
         max_bad_samples: int = 100,
+        max_bad_shards: int = 10,
     ) -> None:
         if not 0 <= rank < world:
             raise ValueError(f"rank must be 0 to {world - 1}, not {rank}")
@@ -96,11 +101,12 @@ class Loader:
         schedule.require_world(world)
         self.index, self.schedule, self.rank, self.world = index, schedule, rank, world
         self.next_step, self.stop_step = start_step, stop_step
-        self.prefetch, self.max_bad_samples = prefetch, max_bad_samples
+        self.prefetch, self.max_bad_samples, self.max_bad_shards = prefetch, max_bad_samples, max_bad_shards
         self.waited = 0.0
         """Seconds that the caller has waited in all."""
         self.bad: dict[int, BadSample] = {}
         """By row, what was left out so far."""
+        self._bad_by_shard: Counter[str] = Counter()
         self._reader = SampleReader(index, ShardCache(cache, cache_bytes) if cache is not None else None)
         if self._reader.cache is not None:
             self._warn_if_small(cache_bytes)
@@ -147,17 +153,30 @@ class Loader:
     def _count(self, step: int, bad: list[BadSample]) -> None:
         """In the order of steps, whatever order they were read in, so that a run ends where its repetition does."""
         for sample in bad:
-            if sample.row not in self.bad:
-                self.bad[sample.row] = sample
+            if sample.row in self.bad:
+                continue
+            self.bad[sample.row] = sample
+            self._bad_by_shard[sample.shard] += 1
+            if (lost := self._bad_by_shard[sample.shard]) <= _LOST:
                 _log.warning("step %d: left out sample %d of %s: %s", step, sample.row, sample.shard, sample.reason)
-        if len(self.bad) > self.max_bad_samples:
-            last = next(reversed(self.bad.values()))
-            places = len({sample.shard for sample in self.bad.values()})
-            raise DataError(
-                f"{len(self.bad)} samples of {places} shards cannot be used, more than max_bad_samples "
-                f"{self.max_bad_samples}; the last one is sample {last.row} of {last.shard}: {last.reason}. "
-                "Run jobs/verify.py on the dataset, or raise the limit"
+            elif lost == _LOST + 1:
+                _log.warning("step %d: more of %s is left out; it counts as a lost shard", step, sample.shard)
+        counts = self._bad_by_shard.values()
+        shards_lost, single = sum(count > _LOST for count in counts), sum(count for count in counts if count <= _LOST)
+        if single > self.max_bad_samples:
+            self._give_up(f"{single} samples cannot be used, more than max_bad_samples {self.max_bad_samples}")
+        if shards_lost > self.max_bad_shards:
+            self._give_up(
+                f"{shards_lost} shards have each lost more than {_LOST} samples, more shards than max_bad_shards "
+                f"{self.max_bad_shards}"
             )
+
+    def _give_up(self, why: str) -> NoReturn:
+        last = next(reversed(self.bad.values()))
+        raise DataError(
+            f"{why}; the last one is sample {last.row} of {last.shard}: {last.reason}. Run jobs/verify.py on the "
+            "dataset, or raise the limit"
+        )
 
     def _micro_batch(self, rows: np.ndarray, samples: list[shards.Sample]) -> MicroBatch:
         names = [self.index.speakers[number] for number in self.index.columns["speaker"][rows].tolist()]

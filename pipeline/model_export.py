@@ -10,6 +10,7 @@ from infra import storage
 from model.checkpoint import ModelCard, pack, read_card
 from model.codec_config import CodecIdentity
 from model.lina_config import LinaConfig
+from pipeline import pickles
 from pipeline.training_checkpoints import Checkpoint, CheckpointError, local_copy, newest, opened
 
 if TYPE_CHECKING:
@@ -56,11 +57,11 @@ def export(checkpoint: Checkpoint, output: str, dtype: str = "float32") -> Model
 
 
 def read_weights(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
-    """The model's weights in float32, put together from the parts of all workers."""
+    """The model's weights in float32, put together from the parts of all workers. Raises CheckpointError."""
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import torch
 
-    with local_copy(checkpoint.url) as folder:
+    with local_copy(checkpoint.url) as folder, pickles.as_data():
         try:
             if checkpoint.facts["stage"] == 0:
                 state = torch.load(folder / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=True)

@@ -42,7 +42,8 @@ class PretrainConfig:
     clip: float = option(1.0, "largest norm of the gradient")
     explode: float = option(20.0, "skip a step whose gradient norm is this many times the usual one")
     max_skipped: int = option(20, "skipped steps in a row after which the run stops")
-    max_bad_samples: int = option(100, "unreadable samples after which the run stops")
+    max_bad_samples: int = option(100, "unreadable samples of a worker after which the run stops, lost shards aside")
+    max_bad_shards: int = option(10, "shards that lost more than 10 samples of a worker after which the run stops")
     min_seconds: float = option(0.3, "shorter utterances are left out")
     max_seconds: float = option(60.0, "longer utterances are left out")
     valid_fraction: float = option(0.01, "share of the utterances, by a hash of their keys, to validate on")
@@ -75,8 +76,9 @@ class PretrainConfig:
         for field in (*counts, "max_skipped", "valid_batches", "window", "cache_gib"):
             if getattr(self, field) < 1:
                 raise ValueError(f"{field} must be at least 1, not {getattr(self, field)}")
-        if self.speak < 0:
-            raise ValueError(f"speak must not be negative, not {self.speak}")
+        for field in ("speak", "max_bad_samples", "max_bad_shards"):
+            if getattr(self, field) < 0:
+                raise ValueError(f"{field} must not be negative, not {getattr(self, field)}")
         for field in ("learning_rate", "clip", "explode"):
             if not 0 < getattr(self, field) < math.inf:
                 raise ValueError(f"{field} must be above 0, not {getattr(self, field)}")
@@ -141,7 +143,7 @@ class PretrainConfig:
             *("output", "name", "workers", "device", "threads", "cache", "prefetch", "save_every", "keep", "zero"),
             *("evaluate_every", "valid_batches", "speak", "max_failures", "experiment", "tracking", "max_skipped"),
             *("cache_gib", "max_bad_samples", "activation_checkpointing", "accumulate", "data", "model"),
-            "start_from",
+            *("start_from", "max_bad_shards"),
         )
         values = {name: value for name, value in dataclasses.asdict(self).items() if name not in free}
         return values | {"sizes": self.sizes().to_dict()}

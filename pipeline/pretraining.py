@@ -23,7 +23,7 @@ from pipeline.model_export import EXPORT
 from pipeline.pretrain_config import PretrainConfig
 from pipeline.training_checkpoints import CheckpointError, newest
 from pipeline.training_data import open_index, require_same, schedule_of
-from pipeline.training_start import PretrainError, starting_card
+from pipeline.training_start import PretrainError
 
 
 def pretrain(config: PretrainConfig) -> dict[str, Any]:
@@ -49,9 +49,12 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
     scaling = ray.train.ScalingConfig(
         num_workers=config.workers, use_gpu=cuda, resources_per_worker={"CPU": cpus} | ({"GPU": 1} if cuda else {})
     )
+    remote = not storage.is_local(config.output)
+    arrow, folder = storage.arrow_filesystem(config.output) if remote else (None, config.output)
     run = ray.train.RunConfig(
         name="ray-train",
-        storage_path=config.output,
+        storage_path=folder,
+        storage_filesystem=arrow,
         failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
     )
     with _stopping() as desk:
@@ -91,9 +94,7 @@ def nothing_left(config: PretrainConfig) -> bool:
     index = open_index(config)
     schedule_of(config, index).require_world(config.workers)
     found = newest(config.output)
-    if found is None:
-        starting_card(config)
-    else:
+    if found:
         require_same(found, config, index)
     return found is not None and found.step >= config.steps
 

@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pipeline.token_index import TokenIndex, scramble
+from pipeline.token_index import DataError, TokenIndex, scramble
 
 BUDGET = 4096
 WINDOW = 128
@@ -53,7 +53,8 @@ class Schedule:
         window: shards that are open at a time. More mix better, fewer need less cache.
 
     Raises:
-        ValueError: an empty index, or a sample that does not fit the budget.
+        ValueError: a setting below 1.
+        DataError: an empty index, or a sample that does not fit the budget.
     """
 
     def __init__(
@@ -69,16 +70,16 @@ class Schedule:
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, not {value}")
         if not len(index):
-            raise ValueError("no sample is left to train on; ease the limits on length, speakers or valid_fraction")
+            raise DataError("no sample is left to train on; ease the limits on length, speakers or valid_fraction")
         self.index, self.seed, self.budget = index, seed, budget
         self.codebooks, self.accumulate, self.window = codebooks, accumulate, window
         self._bounds = np.searchsorted(index.rows, index.starts)
         self._edges = _edges(int(index.columns["frames"][index.rows].max()) + codebooks + 1)
         self._count_lengths()
         if self._longest[-1] > budget:
-            raise ValueError(
-                f"budget {budget} does not hold the longest sample, {self._longest[-1]} steps; "
-                f"set budget to at least {self._longest[-1]}, or max_frames to {max(budget - codebooks - 1, 0)}"
+            raise DataError(
+                f"budget {budget} does not hold the longest sample, {self._longest[-1]} steps; set budget to at least "
+                f"{self._longest[-1]}, or lower max_seconds to leave such samples out"
             )
         self._first_steps = [0]
         self._growing = Lock()  # the loader's threads ask for steps of new epochs at once
@@ -108,13 +109,13 @@ class Schedule:
         return rows[start : start + each + (part < extra)]
 
     def require_world(self, world: int) -> None:
-        """Raises ValueError where full batches of the longest samples cannot give each micro-batch a row."""
+        """Raises DataError where full batches of the longest samples cannot give each micro-batch a row."""
         rows, parts = self.budget // int(self._longest[-1]), self.accumulate * world
         if rows < parts:
-            raise ValueError(
+            raise DataError(
                 f"budget {self.budget} holds {rows} of the longest samples ({self._longest[-1]} steps), but {world} "
                 f"workers × accumulate {self.accumulate} need {parts}; set budget to at least "
-                f"{parts * int(self._longest[-1])}, or lower accumulate or max_frames"
+                f"{parts * int(self._longest[-1])}, or lower workers, accumulate or max_seconds"
             )
 
     def steps_per_epoch(self, epoch: int = 0) -> int:

@@ -43,7 +43,8 @@ _FRACTION_BITS = 53
 
 
 class DataError(ValueError):
-    """A dataset that cannot be trained on: not finished, damaged, of another codec, or nothing left of it."""
+    """A dataset that cannot be trained on: not finished, damaged, of another codec, nothing left of it, or samples that
+    are too long for the budget."""
 
 
 class ShardFile(NamedTuple):

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -21,12 +22,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from infra import storage
+from pipeline import pickles
 
 if TYPE_CHECKING:
     from pipeline.training_engine import Engine
 
 FOLDER, FACTS = "checkpoints", "trainer.json"
 _UNIVERSAL = "-universal"
+_PROJECT = Path(__file__).resolve().parents[1]
 
 
 class CheckpointError(RuntimeError):
@@ -119,10 +122,14 @@ def prepare(run: str, world: int, stage: int) -> tuple[Checkpoint, bool] | None:
 
 def load(engine: Engine, checkpoint: Checkpoint) -> None:
     """Puts a checkpoint into the engine; every worker calls it. Raises CheckpointError."""
-    with local_copy(checkpoint.url) as folder:
-        path, _ = engine.deepspeed.load_checkpoint(str(folder.parent), tag=folder.name)
+    advice = "remove that folder to go on before it"
+    with local_copy(checkpoint.url) as folder, engine.optimiser.keeping_its_own(), pickles.as_data():
+        try:
+            path, _ = engine.deepspeed.load_checkpoint(str(folder.parent), tag=folder.name)
+        except pickle.UnpicklingError as error:
+            raise CheckpointError(f"{checkpoint.url} cannot be loaded: {error}; {advice}") from None
         if path is None:
-            raise CheckpointError(f"DeepSpeed could not load {checkpoint.url}; remove that folder to go on before it")
+            raise CheckpointError(f"DeepSpeed could not load {checkpoint.url}; {advice}")
         engine.optimiser.usual = list(checkpoint.facts["usual"])
         if engine.world > 1:
             import torch.distributed as dist
@@ -152,12 +159,14 @@ def _universal(checkpoint: Checkpoint, stage: int) -> Checkpoint:
             target = Path(storage.absolute(url) if storage.is_local(url) else temporary, "").resolve()
             target = target if storage.is_local(url) else target / folder.name
             command = [
-                *(sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal"),
+                *(sys.executable, "-m", "pipeline.pickles"),
                 *("--input_folder", str(folder), "--output_folder", str(target)),
                 *("--num_extract_workers", "1", "--num_merge_workers", "1"),
                 *(["--inject_missing_state"] if stage in (1, 2) else []),
             ]
-            done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"DS_ACCELERATOR": "cpu"})
+            paths = os.pathsep.join(filter(None, (str(_PROJECT), os.environ.get("PYTHONPATH"))))
+            environment = os.environ | {"DS_ACCELERATOR": "cpu", "PYTHONPATH": paths}
+            done = subprocess.run(command, capture_output=True, text=True, env=environment)
             if done.returncode:
                 raise CheckpointError(
                     f"{checkpoint.url} cannot be converted for another number of workers than the "

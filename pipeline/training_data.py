@@ -12,9 +12,11 @@ from pipeline.training_start import PretrainError, starting_card
 
 
 def open_index(config: PretrainConfig) -> TokenIndex:
-    """The dataset's index, within the limits on length; checked against the model's sizes."""
+    """The dataset's index, within the limits on length; checked against the model's sizes, and against the codec of
+    the model that training starts from."""
     index = TokenIndex.open(config.data, config.cache_folder)
-    index.require_codec(index.codec, config.codebooks)
+    start = starting_card(config)
+    index.require_codec(start.codec.to_dict() if start else index.codec, config.codebooks)
     if (size := config.sizes().codebook_size) != index.codec["codebook_size"]:
         raise PretrainError(
             f"model {config.model} has codebooks of {size}, {config.data} codes of {index.codec['codebook_size']}; set "

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 # DeepSpeed looks for accelerators when it is imported, and compiles a shared-memory transport unless it is told not to.
@@ -23,7 +24,7 @@ from model.lina import Batch, Lina
 from pipeline.pretrain_config import PretrainConfig
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 os.environ.setdefault("LOCAL_RANK", "0")
@@ -43,6 +44,8 @@ class StepResult(NamedTuple):
     tokens: int
     stop: bool
     """Whether any worker asked to stop after this step."""
+    bad: int
+    """Unreadable samples so far, of all workers; one that several of them came upon counts for each."""
 
 
 class TokenLoss(nn.Module):
@@ -102,6 +105,23 @@ class GuardedAdamW(torch.optim.AdamW):
         share = max(1 - _USUAL_DECAY, 1 / (steps + 1))
         self.usual = [mean + share * (math.log(max(self.norm, 1e-30)) - mean), steps + 1]
 
+    @contextmanager
+    def keeping_its_own(self) -> Iterator[None]:
+        """For DeepSpeed to load a checkpoint in: gives each group its options back, and each state a step of its own.
+
+        From a universal checkpoint, ZeRO 3 sets the first group's options for all groups, and one tensor as the step of
+        all states, which AdamW would count up once for each of them; on the CPU, where the fused AdamW wants it beside
+        the weights.
+        """
+        options = [{name: group[name] for name in group if name != "params"} for group in self.param_groups]
+        yield
+        for group, own in zip(self.param_groups, options, strict=True):
+            group.update(own)
+        for parameter, state in self.state.items():
+            if "step" in state:
+                device = parameter.device if self.defaults["fused"] else "cpu"
+                state["step"] = torch.as_tensor(state["step"]).to(device, torch.float32, copy=True)
+
 
 class Engine:
     """
@@ -156,21 +176,22 @@ class Engine:
         )
         self.optimiser.norm_of_all = self._norm
 
-    def step(self, number: int, micro_batches: Sequence[Batch | None], stop: bool = False) -> StepResult:
+    def step(self, number: int, micro_batches: Sequence[Batch | None], stop: bool = False, bad: int = 0) -> StepResult:
         """One step of the optimiser on this worker's micro-batches; those of all workers make the global batch.
 
         Args:
             number: of the step; learning rate and dropout are functions of it.
             micro_batches: `accumulate` of them; None where this worker has no rows.
             stop: asks all workers to stop; all of them hear it in the result.
+            bad: unreadable samples that this worker has come upon so far.
         """
         codebooks = self.config.codebooks
         filled = [tokens_by_codebook(batch.code_lengths, codebooks) for batch in micro_batches if batch is not None]
         tokens = sum(filled, torch.zeros(codebooks))
-        shared = self._added_up(torch.cat([tokens.double(), torch.tensor([float(stop)], dtype=torch.float64)]))
-        counts, stop = shared[:-1], bool(shared[-1] > 0)
+        shared = self.added_up(torch.cat([tokens.double(), torch.tensor([stop, bad], dtype=torch.float64)]))
+        counts, stop, bad = shared[:-2], bool(shared[-2] > 0), int(shared[-1])
         if not counts.sum():  # nothing in the whole batch could be read
-            return StepResult(math.nan, [math.nan] * codebooks, math.nan, True, 0, stop)
+            return StepResult(math.nan, [math.nan] * codebooks, math.nan, True, 0, stop, bad)
         scale = self.world * self.config.accumulate / float(counts.sum())
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = self.config.learning_rate_at(number)
@@ -184,11 +205,12 @@ class Engine:
             sums += by_codebook.double().cpu()
             self.deepspeed.backward(total * scale)
             self.deepspeed.step()
-        losses = self._added_up(sums) / counts.clamp(min=1)
+        losses = self.added_up(sums) / counts.clamp(min=1)
         if not self.optimiser.refused:
             self.optimiser.remember()
         mean = float((losses * counts).sum() / counts.sum())
-        return StepResult(mean, losses.tolist(), self.optimiser.norm, self.optimiser.refused, int(counts.sum()), stop)
+        norm, skipped = self.optimiser.norm, self.optimiser.refused
+        return StepResult(mean, losses.tolist(), norm, skipped, int(counts.sum()), stop, bad)
 
     @torch.no_grad()
     def loss(self, batches: Sequence[Batch | None]) -> tuple[float, list[float]]:
@@ -198,7 +220,7 @@ class Engine:
         for batch in batches:
             _, by_codebook, tokens = self._forward(batch)
             sums += torch.stack([by_codebook, tokens]).double().cpu()
-        sums = self._added_up(sums)
+        sums = self.added_up(sums)
         mean = sums[0].sum() / sums[1].sum().clamp(min=1)
         return float(mean), (sums[0] / sums[1].clamp(min=1)).tolist()
 
@@ -209,6 +231,14 @@ class Engine:
             if self.rank:
                 return None
             return {name: value.detach().float().cpu().clone() for name, value in model.state_dict().items()}
+
+    def added_up(self, values: torch.Tensor) -> torch.Tensor:
+        """Sums over the workers, in float64 on the CPU."""
+        if self.world == 1:
+            return values
+        on_device = values.to(self.device)
+        torch.distributed.all_reduce(on_device)
+        return on_device.cpu()
 
     def _forward(self, batch: Batch | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         if batch is None:
@@ -221,14 +251,6 @@ class Engine:
             return float(nn.utils.clip_grad_norm_(self.deepspeed.module.parameters(), self.config.clip))
         norm = self.deepspeed.optimizer._global_grad_norm
         return float("nan") if norm is None else float(norm)
-
-    def _added_up(self, values: torch.Tensor) -> torch.Tensor:
-        """Sums over the workers, in float64 on the CPU."""
-        if self.world == 1:
-            return values
-        on_device = values.to(self.device)
-        torch.distributed.all_reduce(on_device)
-        return on_device.cpu()
 
 
 def parameter_groups(model: nn.Module, decay: float) -> list[dict[str, Any]]:

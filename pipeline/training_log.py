@@ -45,15 +45,12 @@ class StepLog:
             os.makedirs(folder, exist_ok=True)
             self.file = open(os.path.join(folder, LOSSES), "a", encoding="utf-8")  # noqa: SIM115 - as long as the run
 
-    def line(
-        self, step: int, result: StepResult, index: TokenIndex, rows: np.ndarray, waited: float, bad: int
-    ) -> dict[str, Any]:
+    def line(self, step: int, result: StepResult, index: TokenIndex, rows: np.ndarray, waited: float) -> dict[str, Any]:
         """
         Args:
             step: counted from 1.
             rows: of the global batch.
             waited: seconds that the first worker waited for its data.
-            bad: unreadable samples so far.
         """
         now = time.monotonic()
         seconds, self.since = max(now - self.since, 1e-9), now
@@ -71,7 +68,7 @@ class StepLog:
             "data_wait": waited / seconds,
             **{f"loss.codebook.{level}": loss for level, loss in enumerate(result.codebook_losses, 1)},
             "skipped_steps": self.skipped,
-            "bad_samples": bad,
+            "bad_samples": result.bad,
         }
         self._print(step, result, len(rows))
         if self.file:

@@ -92,16 +92,17 @@ class _Loop:
             cache=config.cache_folder,
             cache_bytes=config.cache_bytes,
             max_bad_samples=config.max_bad_samples,
+            max_bad_shards=config.max_bad_shards,
         )
         result: StepResult | None = None
         saved = step
         with loader:
             for step, micro_batches, waited in loader:
                 batches = [micro.batch if micro.rows.size else None for micro in micro_batches]
-                result = engine.step(step, batches, self.asked_to_stop())
+                result = engine.step(step, batches, self.asked_to_stop(), len(loader.bad))
                 done = step + 1
                 if self.log:
-                    self.log.line(done, result, self.index, schedule.batch(step), waited, len(loader.bad))
+                    self.log.line(done, result, self.index, schedule.batch(step), waited)
                 self._refuse_endless_skipping(result, done)
                 last = done == config.steps or result.stop
                 if done % config.save_every == 0 or last:
@@ -118,12 +119,18 @@ class _Loop:
 
     def _refuse_endless_skipping(self, result: StepResult, step: int) -> None:
         self.skipped = self.skipped + 1 if result.skipped else 0
-        if self.skipped >= self.config.max_skipped:
+        if self.skipped < self.config.max_skipped:
+            return
+        if not result.tokens:
             raise PretrainError(
-                f"{self.skipped} steps in a row, to step {step}, had gradients that were not finite or more than "
-                f"{self.config.explode:g} times the usual; lower learning_rate, or go back to an earlier checkpoint by "
-                f"removing later ones in {self.folder}/checkpoints"
+                f"no sample of step {step} can be read, and {self.skipped} steps in a row were skipped; run "
+                f"jobs/verify.py on {self.config.data}"
             )
+        raise PretrainError(
+            f"{self.skipped} steps in a row, to step {step}, had gradients that were not finite or more than "
+            f"{self.config.explode:g} times the usual; lower learning_rate, or go back to an earlier checkpoint by "
+            f"removing later ones in {self.folder}/checkpoints"
+        )
 
     def _evaluate(self, step: int) -> None:
         metrics = validate(self.config, self.engine, self.index, self.run_, step)

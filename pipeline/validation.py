@@ -27,7 +27,8 @@ def validate(config: PretrainConfig, engine: Engine, index: TokenIndex, run: Run
     """Validation losses, the same on all workers, which must all call it; the first one also lets the model speak.
 
     Returns:
-        `valid.loss` and one by codebook; empty where nothing was held out.
+        `valid.loss` and one by codebook, and `valid.bad_samples` where some could not be read; empty where nothing was
+        held out.
     """
     _, held = index.split(config.valid_fraction)
     if not len(held):
@@ -37,9 +38,15 @@ def validate(config: PretrainConfig, engine: Engine, index: TokenIndex, run: Run
     count = min(config.valid_batches, schedule.steps_per_epoch())
     cache = {"cache": config.cache_folder, "cache_bytes": config.cache_bytes}
     with Loader(schedule, rank=engine.rank, world=engine.world, **cache) as loader:
-        parts = [loader.load(step)[0][0] for step in range(count)]
+        loaded = [loader.load(number) for number in range(count)]
+    parts, bad = [batches[0] for batches, _ in loaded], [sample for _, left_out in loaded for sample in left_out]
+    if bad:
+        some = f"such as sample {bad[0].row} of {bad[0].shard}: {bad[0].reason}"
+        tell(f"step {step:6d} validation without {len(bad)} samples that cannot be read, {some}")
     loss, by_codebook = engine.loss([part.batch if part.rows.size else None for part in parts])
     metrics = {"valid.loss": loss} | {f"valid.loss.codebook.{k}": value for k, value in enumerate(by_codebook, 1)}
+    if of_all := int(engine.added_up(torch.tensor([len(bad)]))):
+        metrics["valid.bad_samples"] = of_all
     weights = engine.weights() if config.speak else None
     if weights is not None:
         model = Lina(config.sizes())

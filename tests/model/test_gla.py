@@ -168,6 +168,17 @@ def test_not_a_number_is_not_hidden() -> None:
     assert torch.isnan(o[:, 30:]).all()
 
 
+def test_not_a_number_spoils_no_strong_gates_beside_it() -> None:
+    """Their chunks are halved as without it: one factored product of them would overflow."""
+    values = arguments(2, 64, 1, 4, 4, 1.0, 0.0)
+    values[3][0, 10:20] = -100.0
+    alone, _ = gla(*(x[:1].float() for x in values))
+    values[3][1, 30, 0, 1] = torch.nan
+    o, _ = gla(*(x.float() for x in values))
+    assert torch.isnan(o[1]).any() and torch.isfinite(o[0]).all()
+    torch.testing.assert_close(o[:1], alone)
+
+
 def test_shapes_that_do_not_fit_are_refused() -> None:
     q, k, v, g, state = arguments(2, 5, 2, 3, 4, 1.0, 0.0)
     with pytest.raises(ValueError, match=r"initial_state must be \[N, H, d_k, d_v\] = \[2, 2, 3, 4\]"):

@@ -235,6 +235,23 @@ def test_too_many_bad_samples_end_the_run_at_the_same_step_every_time(own, caplo
     assert ends[0] == ends[1] == ends[2]
 
 
+def test_a_lost_shard_counts_once_and_too_many_end_the_run(tmp_path, caplog):
+    """A shard of LibriLight has thousands of samples: one of 150 is more than 100 single ones already."""
+    folder = tmp_path / "tokens"
+    write_dataset(str(folder), (150, 12, 9, 20))
+    for shard in (0, 1, 2):
+        (folder / f"shards/00000{shard}.tar").unlink()
+    _, loader = damaged_epoch(folder, caplog)
+    assert sorted(loader.bad) == list(range(150 + 12 + 9))
+    said = [record.message for record in caplog.records if "left out" in record.message]
+    assert len(said) == 11 + 11 + 9 and sum("it counts as a lost shard" in line for line in said) == 2
+    with pytest.raises(DataError, match=r"2 shards have each lost more than 10 samples, .* max_bad_shards 1; the last"):
+        damaged_epoch(folder, caplog, max_bad_shards=1)
+    with pytest.raises(DataError, match="9 samples cannot be used, more than max_bad_samples 8") as found:
+        damaged_epoch(folder, caplog, max_bad_samples=8, max_bad_shards=2)
+    assert "shards" not in str(found.value).split(";")[0]
+
+
 def rewritten(folder, change):
     """Writes shard 0 again with samples that `change` has had, under the index of before."""
     before = (folder / "shards/000000.index.parquet").read_bytes()

@@ -1,5 +1,6 @@
 """The ways in and out on object storage: what is read and what is written lies in a bucket of a real S3 server."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -8,13 +9,18 @@ import pytest
 from infra import storage
 from jobs import synthesize
 from jobs.tokenize import tokenize
+from model.checkpoint import read_card
 from pipeline import verification
 from pipeline.finalize import read_summary
+from pipeline.pretrain_config import PretrainConfig
+from pipeline.pretraining import pretrain
 from pipeline.speech_stage import FOLDER
 from pipeline.synthesize_config import SynthesizeConfig
 from pipeline.tokenize_config import TokenizeConfig
+from pipeline.training_checkpoints import newest
 from tests.corpora import write_codec, write_corpus
 from tests.pipeline.speaking_model import write_speaker, write_voice
+from tests.pipeline.speaking_tokens import write_sizes, write_tokens
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +63,36 @@ def test_a_bucket_is_tokenized_resumed_and_verified(bucket, tmp_path):
     assert tokenize(local, False, False) == 0
     assert (tmp_path / "tokens/shards/000000.tar").read_bytes() == before, "where things lie does not change the bytes"
     assert json.loads((tmp_path / "tokens/dataset.json").read_text())["digest"] == summary["digest"]
+
+
+@pytest.mark.usefixtures("ray_that_knows_the_bucket")
+def test_a_model_is_trained_from_a_bucket_into_another_place_there(bucket, tmp_path, capsys):
+    tokens = tmp_path / "tokens"
+    write_tokens(tokens)
+    put(tokens, f"{bucket}/train/tokens")
+    storage.upload(write_sizes(tmp_path), f"{bucket}/train/sizes.json")
+    config = PretrainConfig(
+        data=f"{bucket}/train/tokens",
+        output=f"{bucket.replace('s3:', 's3a:')}/train/run",  # a name that PyArrow does not know
+        model=f"{bucket}/train/sizes.json",
+        cache=str(tmp_path / "cache"),
+        steps=3,
+        budget=300,
+        warmup=1,
+        save_every=2,
+        evaluate_every=3,
+        valid_fraction=0.1,
+        min_seconds=0.1,
+        speak=0,
+        threads=1,
+        tracking="none",
+    )
+    assert pretrain(config)["valid.loss"] > 0
+    config = dataclasses.replace(config, output=f"{bucket}/train/run")
+    assert newest(config.output).step == 3
+    card = read_card(storage.read_bytes(f"{config.output}/export/config.json"))
+    assert card.training["step"] == 3
+    assert pretrain(config) == {} and "nothing is left of 3 steps" in capsys.readouterr().out
 
 
 def put(folder: Path, url: str) -> None:

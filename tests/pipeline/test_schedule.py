@@ -176,7 +176,7 @@ def test_what_is_held_out_is_held_out_whatever_else_is_chosen(seed, fraction):
     [
         (
             {"budget": 404},
-            "budget 404 does not hold the longest sample, 405 steps; set budget to at least 405, or max_f",
+            "budget 404 does not hold the longest sample, 405 steps; set budget to at least 405, or lower max_s",
         ),
         ({"window": 0}, "window must be at least 1"),
         ({"accumulate": 0}, "accumulate must be at least 1"),
@@ -189,7 +189,7 @@ def test_impossible_settings_are_refused(settings, message):
 
 
 def test_an_empty_selection_is_refused():
-    with pytest.raises(ValueError, match="no sample is left"):
+    with pytest.raises(DataError, match="no sample is left"):
         Schedule(index_of([[5, 6]]).only(min_frames=7))
 
 
@@ -197,6 +197,6 @@ def test_a_budget_too_small_for_the_workers_is_refused():
     schedule = schedule_of([[400, 10, 20]], accumulate=2, budget=1215)
     schedule.require_world(1)
     with pytest.raises(
-        ValueError, match=r"holds 3 of the longest samples \(405 steps\), but 2 workers .* at least 1620"
+        DataError, match=r"holds 3 of the longest samples \(405 steps\), but 2 workers .* at least 1620"
     ):
         schedule.require_world(2)

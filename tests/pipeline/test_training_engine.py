@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import os
 from pathlib import Path
 
 import pytest
@@ -111,8 +113,9 @@ def test_a_gradient_far_out_of_the_usual_is_skipped(sizes: str) -> None:
 def test_a_batch_of_which_nothing_could_be_read_is_left_out(sizes: str) -> None:
     training = engine(recipe(sizes))
     before = training.weights()
-    result = training.step(0, [None], stop=True)
-    assert result.skipped and result.tokens == 0 and result.stop
+    training.added_up = lambda values: values * 2  # as if another worker had the same
+    result = training.step(0, [None], stop=True, bad=3)
+    assert result.skipped and result.tokens == 0 and result.stop and result.bad == 6
     assert all(torch.equal(before[name], value) for name, value in training.weights().items())
 
 
@@ -154,6 +157,59 @@ def test_a_resumed_run_is_the_same_bit_for_bit_and_exports_what_it_learnt(
     model, card = unpack(*((tmp_path / "export" / name).read_bytes() for name in ("config.json", "model.safetensors")))
     assert card.training == {"name": "test", "step": 8} and card.codec.to_dict() == IDENTITY
     assert all(torch.equal(value, second.weights()[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(("zero", "bf16"), [("1", False), ("2", True), ("3", False), ("3", True)])
+def test_a_checkpoint_for_any_number_of_workers_is_the_same_run(
+    sizes: str, tmp_path: Path, zero: str, bf16: bool
+) -> None:
+    """DeepSpeed gives all groups of ZeRO 3 the first one's options, and all of its states one tensor as their step."""
+    config = recipe(sizes, zero=zero)
+    first = engine(config, bf16)
+    losses(first, range(5))
+    checkpoints.save(first, str(tmp_path), 5, facts(config), keep=2)
+    expected = losses(first, range(5, 8))
+    found, universal = checkpoints.prepare(str(tmp_path), 2, int(zero))
+    assert universal and found.facts["world"] == 1
+    second = engine(config, bf16, load_universal=True)
+    checkpoints.load(second, found)
+    assert [group["weight_decay"] for group in second.optimiser.param_groups] == [config.weight_decay, 0.0]
+    steps = [state["step"] for state in second.optimiser.state.values()]
+    assert [int(step) for step in steps] == [5, 5] and len({step.data_ptr() for step in steps}) == 2
+    assert losses(second, range(5, 8)) == expected
+
+
+class Hostile:
+    """Unpickled, it makes a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __reduce__(self) -> tuple:
+        return os.mkdir, (str(self.folder),)
+
+
+@pytest.mark.parametrize(("zero", "file"), [("0", "mp_rank_00_model_states.pt"), ("1", "*optim_states.pt")])
+def test_a_checkpoint_that_would_run_code_is_refused(sizes: str, tmp_path: Path, zero: str, file: str) -> None:
+    config, made = recipe(sizes, zero=zero), tmp_path / "made"
+    training = engine(config)
+    checkpoints.save(training, str(tmp_path), 1, facts(config), keep=1)
+    (parts,) = (tmp_path / "checkpoints" / checkpoints.name_of(1)).glob(file)
+    torch.save(torch.load(parts, weights_only=False) | {"more": Hostile(made)}, parts)
+    note = parts.with_name(checkpoints.FACTS)
+    noted = json.loads(note.read_text())
+    note.write_text(json.dumps(noted | {"files": noted["files"] | {parts.name: parts.stat().st_size}}))
+    found, says = checkpoints.newest(str(tmp_path)), rf"{parts.name} names posix.mkdir, which is no data"
+    with pytest.raises(checkpoints.CheckpointError, match=says):
+        model_export.read_weights(found)
+    with pytest.raises(checkpoints.CheckpointError, match=says):
+        checkpoints.load(training, found)
+    if zero != "0":
+        with pytest.raises(checkpoints.CheckpointError, match=says):
+            checkpoints.prepare(str(tmp_path), 2, int(zero))
+    assert not made.exists()
+    torch.load(parts, weights_only=False)
+    assert made.exists(), "the file is what it is meant to be"
 
 
 def test_a_damaged_checkpoint_is_passed_over_and_old_ones_go(sizes: str, tmp_path: Path, capsys) -> None:

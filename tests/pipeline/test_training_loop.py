@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -116,6 +117,45 @@ def test_a_plan_that_cannot_be_read_leaves_out_the_listening(
     assert "nothing to hear: " in said and "plan.json is damaged" in said and "said 2 sentences" in said
 
 
+def test_what_cannot_be_read_is_counted_and_validation_says_what_it_goes_without(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = recipe(write_tokens(tmp_path / "tokens"), tmp_path, steps=12, evaluate_every=12)
+    Path(config.data, "shards", "000001.tar").unlink()
+    last = train(config)
+    assert last["bad_samples"] > 10 and last["valid.bad_samples"] > 0
+    said = capsys.readouterr().out
+    assert f"validation without {last['valid.bad_samples']} samples that cannot be read, such as sample" in said
+    assert "000001.tar" in said and f"bad samples {last['bad_samples']}" in said
+    for tar in Path(config.data, "shards").glob("*.tar"):
+        tar.unlink()
+    with pytest.raises(PretrainError, match=r"no sample of step 5 can be read, .* run jobs/verify.py on"):
+        train(recipe(config.data, tmp_path / "again", max_skipped=5, steps=12))
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"budget": 20}, "budget 20 does not hold the longest sample, "),
+        ({"budget": 300, "workers": 50}, "but 50 workers × accumulate 1 need 50; set budget to at least "),
+        ({"max_seconds": 0.11}, "no sample is left to train on"),
+    ],
+)
+def test_the_job_refuses_a_budget_that_cannot_be_in_one_line(
+    data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], changes, says: str
+) -> None:
+    from jobs import pretrain
+
+    values = {"data": data, "output": tmp_path / "run", "model": write_sizes(tmp_path), "cache": tmp_path / "cache"}
+    values |= {"min_seconds": 0.1} | changes
+    words = [word for name, value in values.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    monkeypatch.setattr("sys.argv", ["pretrain.py", *words])
+    monkeypatch.setattr("infra.cluster.connect", nullcontext)
+    assert pretrain.main() == 2
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 1 and said[0].startswith("pretrain: ") and says in said[0]
+
+
 def test_nothing_is_said_where_no_sentence_can_be_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from infra.tracking import Run
     from model.lina import Lina
@@ -137,6 +177,7 @@ def test_nothing_is_said_where_no_sentence_can_be_read(tmp_path: Path, capsys: p
     [
         ({"valid_batches": 0}, "valid_batches must be at least 1"),
         ({"speak": -1}, "speak must not be negative"),
+        ({"max_bad_shards": -1}, "max_bad_shards must not be negative"),
         ({"window": 0}, "window must be at least 1"),
         ({"cache_gib": 0}, "cache_gib must be at least 1"),
     ],

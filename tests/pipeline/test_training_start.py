@@ -9,11 +9,14 @@ import pytest
 import torch
 
 from model.checkpoint import load, save
+from model.codec_config import CodecIdentity
 from pipeline.phonemes import INVENTORY
 from pipeline.pretrain_config import PretrainConfig
+from pipeline.token_index import DataError
+from pipeline.training_data import open_index
 from pipeline.training_start import PretrainError, starting_card, starting_model
 from tests.pipeline.speaking_model import write_speaker
-from tests.pipeline.speaking_tokens import write_sizes
+from tests.pipeline.speaking_tokens import IDENTITY, write_sizes, write_tokens
 
 
 @pytest.fixture(scope="module")
@@ -47,3 +50,12 @@ def test_a_model_that_does_not_fit_is_refused_with_the_reason(exported: str, tmp
     save(model, other, tmp_path / "other")
     with pytest.raises(PretrainError, match="other phonemes"):
         starting_card(config(tmp_path, str(tmp_path / "other")))
+
+
+def test_a_model_of_another_codec_is_refused(exported: str, tmp_path: Path) -> None:
+    data = {"data": write_tokens(tmp_path / "tokens", samples=6), "cache": str(tmp_path / "cache")}
+    with pytest.raises(DataError, match="name: 'random-for-tests-tests' → 'random-codes'"):
+        open_index(config(tmp_path, exported, **data))
+    model, card = load(exported)
+    save(model, dataclasses.replace(card, codec=CodecIdentity.from_dict(IDENTITY)), tmp_path / "fitting")
+    assert len(open_index(config(tmp_path, str(tmp_path / "fitting"), **data)))
