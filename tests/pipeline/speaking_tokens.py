@@ -38,7 +38,7 @@ def write_tokens(folder: Path, samples: int = 60, count: int = 3, seed: int = 0,
     """A finished dataset of `count` shards; each phone lasts some frames of codes that are its own."""
     rng = np.random.default_rng(seed)
     made = [[_sample(f"{shard:02d}-{n:03d}", rng) for n in range(samples // count)] for shard in range(count)]
-    write_samples(str(folder), made, IDENTITY | {"codebook_size": codebook_size}, f"{seed:064d}")
+    write_samples(str(folder), made, IDENTITY | {"codebook_size": codebook_size})
     return str(folder)
 
 
