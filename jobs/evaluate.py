@@ -4,6 +4,7 @@
     python jobs/evaluate.py --set set.jsonl --model out/pretrain/export --voices voices/shared --codec demo
     ray job submit -- python jobs/evaluate.py --set meta.lst --systems ours=wavs/,theirs=other/ --output out/evaluation
 
+--model says items in their voices, or else goes on from their prompts.
 Recordings are named by the items' ids; one that is missing counts as all its words wrong. References of the set and,
 with --codec, what the codec makes of them stand beside the systems. The same command again judges what is new.
 Exit codes: 0 done; 1 failed; 2 the command is wrong; 3 done, but a system lacks more recordings than --max-missing.

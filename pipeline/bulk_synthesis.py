@@ -69,6 +69,8 @@ class BulkPlan:
     codec: ResolvedCodec
     settings: dict[str, Any]
     survey: scripts.Survey
+    prompts: bool = False
+    """Whether lines may name a prompt."""
 
     def missing(self) -> set[str]:
         """Names of chunks that are not done; one listing."""
@@ -78,9 +80,16 @@ class BulkPlan:
     def lines(self, chunks: Iterable[str]) -> int:
         return sum(self.survey.chunks[name] for name in chunks)
 
+    def parts(self) -> Iterator[scripts.Chunk | Reject]:
+        """The script, read anew."""
+        return scripts.read(self.config.script, self.config.chunk, self.settings, self.prompts)
 
-def plan(config: SynthesizeConfig) -> BulkPlan:
+
+def plan(config: SynthesizeConfig, prompts: bool = False) -> BulkPlan:
     """Reads model, codec and script, and takes the output for these settings.
+
+    Args:
+        prompts: whether lines may name a prompt. No consent comes with one: only evaluations ask for that.
 
     Raises:
         ModelError, CodecError, ScriptError: they cannot be used.
@@ -96,9 +105,9 @@ def plan(config: SynthesizeConfig) -> BulkPlan:
         device=_device(config.device),
     )
     settings = config.settings() | {"model": read_card(files.config).fingerprint, "codec": codec.digest}
-    survey = scripts.survey(config.script, config.chunk, settings)
+    survey = scripts.survey(config.script, config.chunk, settings, prompts)
     _claim(config.output, settings)
-    return BulkPlan(config, files, codec, settings, survey)
+    return BulkPlan(config, files, codec, settings, survey, prompts)
 
 
 def run(bulk: BulkPlan, on_rows: Callable[[list[dict[str, Any]]], None]) -> None:
@@ -116,8 +125,7 @@ def run(bulk: BulkPlan, on_rows: Callable[[list[dict[str, Any]]], None]) -> None
     for _ in range(ATTEMPTS):
         if not (missing := bulk.missing()):
             return
-        chunks = scripts.read(bulk.config.script, bulk.config.chunk, bulk.settings)
-        todo = (part for part in chunks if isinstance(part, scripts.Chunk) and part.name in missing)
+        todo = (part for part in bulk.parts() if isinstance(part, scripts.Chunk) and part.name in missing)
         while wave := list(islice(todo, _WAVE)):
             for rows in _spoken(bulk, shipped, wave):
                 on_rows(rows)
@@ -136,7 +144,7 @@ def finish(bulk: BulkPlan) -> dict[str, Any]:
         names = ("manifest.jsonl", "quarantine.jsonl")
         manifest, quarantine = (Path(folder, name) for name in names)
         with manifest.open("w", encoding="utf-8") as made, quarantine.open("w", encoding="utf-8") as bad:
-            for part in scripts.read(bulk.config.script, bulk.config.chunk, bulk.settings):
+            for part in bulk.parts():
                 if isinstance(part, Reject):
                     bad.write(json_lines.line(part._asdict()))
                     continue

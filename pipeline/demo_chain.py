@@ -62,8 +62,8 @@ def write_inputs(corpus: str, speakers: dict[str, list[dict[str, Any]]]) -> tupl
 
 
 def write_page(corpus: str, evaluation: str, steps: Sequence[Step]) -> str:
-    """The page of the demo: each unseen voice as recorded and as synthesised, figures, and the chain's times; returns
-    where it is.
+    """The page of the demo: each unseen voice as recorded and as synthesised, figures, and the chain's times; of what
+    is missing, why it is; returns where it is.
 
     Args:
         evaluation: output of `jobs/evaluate.py` on what `write_inputs` wrote.
@@ -86,8 +86,11 @@ def write_page(corpus: str, evaluation: str, steps: Sequence[Step]) -> str:
         facts = {"WER": f"{score['word_errors']} of {score['words']} words"}
         facts |= {} if score["likeness"] is None else {"similarity": f"{score['likeness']:.3f}"}
         facts |= {"DistillMOS": f"{score['mos']:.2f}"} if "mos" in score else {}
+        facts |= {"missing": score["missing"]} if "missing" in score else {}
         rows.append(Listened(item.id, item.text, recordings, item.voice, facts))
     notes = "From recordings to voices that the model never heard: what was typed, and how long it took.\n"
+    if missing := [item.id for item in items if "missing" in scores[item.id]]:
+        notes += f"Missing, each with its reason below: {', '.join(missing)}.\n"
     return page(rows, corpus, "lina-ray, from end to end", notes + times(steps))
 
 

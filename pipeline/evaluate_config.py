@@ -15,13 +15,19 @@ class EvaluateConfig:
 
     set: str = option(
         "",
-        "JSONL with id, text and, if any, voice (a name in --voices), prompt and prompt_text (a recording that the "
-        "voice is compared with, and its words), reference (the text said by a person); paths relative to the file; "
-        "or seed-tts-eval's .lst; any fsspec URL",
+        "JSONL with id, text and, if any, voice (a name in --voices), prompt and prompt_text (a recording whose voice "
+        "is asked for and compared with, and its words), reference (the text said by a person); paths relative to the "
+        "file; or seed-tts-eval's .lst; any fsspec URL",
     )
     systems: tuple[str, ...] = option((), "`name=folder` of recordings named by the items' ids")
     model: str | None = option(None, "folder of an exported model, which says the set first, as a system of its own")
     voices: str | None = option(None, "folder of the voices that items name, for --model")
+    prompts: str = option(
+        "continue",
+        "what --model does with prompts of items without a voice: goes on from them, which needs their words, or says "
+        "the text in its own voice",
+        ("continue", "ignore"),
+    )
     codec: str | None = option(None, "encodec_24khz, demo or a folder: the references through it are a system, too")
     codec_weights: str | None = option(None, "path or URL of EnCodec's own weights")
     codebooks: int | None = option(None, "of --codec that are kept (default: all)")

@@ -197,8 +197,13 @@ def table(rows: Sequence[Row]) -> str:
     for row in rows:
         if row.codebooks:
             lines += ["", f"{row.system}, codebook perplexities: " + ", ".join(f"{p:.0f}" for p in row.codebooks)]
-        lines += [f"{row.system}, {name}: {value:.1f}" for name, value in row.extra.items()]
+        lines += [f"{row.system}, {name}: {_three_digits(value)}" for name, value in row.extra.items()]
     return "\n".join(lines)
+
+
+def _three_digits(value: float) -> str:
+    """0.0341, 70.8, 12,346: of large numbers, all that stand before the point."""
+    return f"{value:.3g}" if abs(value) < 999.5 else f"{value:,.0f}"
 
 
 def whisper(model: str = "whisper-base") -> Recogniser:

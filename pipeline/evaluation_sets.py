@@ -30,6 +30,7 @@ class Item(NamedTuple):
     prompt: str = ""
     """URL of a recording of the voice that is asked for."""
     prompt_text: str = ""
+    """What is said in it."""
     reference: str = ""
     """URL of the text said by a person."""
 

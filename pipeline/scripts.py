@@ -29,8 +29,17 @@ class ScriptLine(NamedTuple):
     key: str
     """Of its file, without the ending."""
     voice: str
-    """Empty for the model's own."""
+    """Empty for the model's own, or a prompt's."""
     text: str
+    prompt: str = ""
+    """URL of a recording that is gone on from; scripts of evaluations have some."""
+    prompt_text: str = ""
+    """What is said in it."""
+    prompt_version: str = ""
+    """Another one for another recording in its place."""
+
+
+_PROMPT = ("prompt", "prompt_text", "prompt_version")
 
 
 class Chunk(NamedTuple):
@@ -53,10 +62,10 @@ class Survey:
     """By `stage/reason`, of lines that are none."""
 
 
-def survey(url: str, size: int, settings: dict[str, Any]) -> Survey:
+def survey(url: str, size: int, settings: dict[str, Any], prompts: bool = False) -> Survey:
     """Goes over a script once. Raises ScriptError."""
     found = Survey()
-    for part in read(url, size, settings):
+    for part in read(url, size, settings, prompts):
         if isinstance(part, Reject):
             found.lines += 1
             found.rejects[f"{part.stage}/{part.reason}"] += 1
@@ -66,12 +75,13 @@ def survey(url: str, size: int, settings: dict[str, Any]) -> Survey:
     return found
 
 
-def read(url: str, size: int, settings: dict[str, Any]) -> Iterator[Chunk | Reject]:
+def read(url: str, size: int, settings: dict[str, Any], prompts: bool = False) -> Iterator[Chunk | Reject]:
     """A script's chunks and, as they are met, its lines that cannot be used.
 
     Args:
         size: lines a chunk.
         settings: how they are said; part of the chunks' digests.
+        prompts: whether lines may name a prompt; otherwise it is passed over, as any field that is not known.
 
     Raises:
         ScriptError: there is no such file.
@@ -82,7 +92,7 @@ def read(url: str, size: int, settings: dict[str, Any]) -> Iterator[Chunk | Reje
     number = 0
     for where, content in _lines(url):
         try:
-            line = _parsed(content)
+            line = _parsed(content, prompts)
             if line.key in seen:
                 raise Unusable("duplicate-id", f"id {line.id[:80]!r} stands in the script before")
         except Unusable as error:
@@ -109,7 +119,7 @@ def _lines(url: str) -> Iterator[tuple[str, bytes]]:
         raise ScriptError(f"{url} cannot be read ({error}); a script is JSONL with id, voice and text") from None
 
 
-def _parsed(content: bytes) -> ScriptLine:
+def _parsed(content: bytes, prompts: bool) -> ScriptLine:
     """Raises Unusable."""
     try:
         row = json.loads(content)
@@ -124,7 +134,10 @@ def _parsed(content: bytes) -> ScriptLine:
         raise Unusable("no-text", "text is missing or no text")
     if not isinstance(voice, str):
         raise Unusable("bad-voice", f"voice must be a name in --voices, not {type(voice).__name__}")
-    return ScriptLine(id_, key_of(id_), voice, text)
+    line = ScriptLine(id_, key_of(id_), voice, text)
+    if not prompts or not row.get("prompt"):
+        return line
+    return line._replace(**{name: str(row.get(name) or "") for name in _PROMPT})
 
 
 def _id(content: bytes) -> str:
@@ -135,5 +148,7 @@ def _id(content: bytes) -> str:
 
 
 def _chunk(number: int, lines: list[ScriptLine], bound: str) -> Chunk:
-    digest = hashlib.sha256((bound + json.dumps(lines)).encode()).hexdigest()
+    # Lines without a prompt count as they did before there were any: what is done stays done.
+    told = [line if line.prompt else line[:4] for line in lines]
+    digest = hashlib.sha256((bound + json.dumps(told)).encode()).hexdigest()
     return Chunk(f"{number:06d}-{digest[:16]}", tuple(lines))

@@ -14,6 +14,8 @@ from pipeline.speech_faults import Findings
 if TYPE_CHECKING:
     import torch
 
+    from model.voice_samples import Sample
+
 
 @dataclass(frozen=True)
 class Voice:
@@ -31,13 +33,23 @@ class Voice:
 
 
 @dataclass(frozen=True)
+class Prompt:
+    """Somebody's speech, which the model reads and goes on from (Lina-Speech, section 4.3)."""
+
+    sample: Sample
+    digest: str = ""
+    """Of its codes and phonemes."""
+
+
+@dataclass(frozen=True)
 class Line:
     """Something to say."""
 
     text: str
     voice: Voice | None = None
-    """None speaks as the model does without any."""
+    """None speaks as the model does without any, or as its prompt does."""
     seed: int = 0
+    prompt: Prompt | None = None
 
 
 @dataclass(frozen=True)
@@ -61,6 +73,8 @@ class Spoken:
     """float32 [time]."""
     rate: int
     pieces: tuple[Piece, ...]
+    took: float = 0.0
+    """Seconds of computing, all attempts; of steps that were shared with other pieces, a share."""
 
     @property
     def seconds(self) -> float:

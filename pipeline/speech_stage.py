@@ -17,9 +17,10 @@ from pipeline.codec_weights import ResolvedCodec
 from pipeline.keys import key_of
 from pipeline.scripts import Chunk, ScriptLine
 from pipeline.speakers import file_key
+from pipeline.speaking_prompts import read_prompt
 from pipeline.speaking_voices import read_voice
 from pipeline.speech_files import Provenance, SpeechFileError, decode, encode
-from pipeline.speech_lines import Line, Spoken, Voice, derived
+from pipeline.speech_lines import Line, Prompt, Spoken, Voice, derived
 from pipeline.synthesis import ModelFiles, Synthesizer
 from pipeline.synthesize_config import SynthesizeConfig
 from pipeline.utterances import Unusable
@@ -84,6 +85,7 @@ class Speak:
         self.work = work
         self.synthesizer = synthesizer_of(work.config, files, codec)
         self.voice = lru_cache(maxsize=256)(self._voice)
+        self.prompt = lru_cache(maxsize=256)(self._prompt)
 
     def __call__(self, table):
         """`table` has a column chunk, of `scripts.Chunk` as JSON; gives a column rows, what became of its lines."""
@@ -107,14 +109,23 @@ class Speak:
         for number in sorted(range(len(chunk.lines)), key=lambda n: -len(chunk.lines[n].text)):
             line = chunk.lines[number]
             try:
-                voice = self.voice(line.voice) if line.voice else None
+                voice, prompt = self._started(line)
             except Unusable as error:
-                rows[number] = _reject(line, "voice", error.reason, error.detail)
+                rows[number] = _reject(line, "prompt" if line.prompt else "voice", error.reason, error.detail)
                 continue
-            if known := self._kept(line, voice):
+            if known := self._kept(line, voice, prompt):
                 rows[number] = known
             else:
-                yield number, Line(line.text, voice, derived(self.work.config.seed, line.id))
+                yield number, Line(line.text, voice, derived(self.work.config.seed, line.id), prompt)
+
+    def _started(self, line: ScriptLine) -> tuple[Voice | None, Prompt | None]:
+        """What a line starts from. Raises Unusable."""
+        voice = self.voice(line.voice) if line.voice else None
+        return voice, self.prompt(*line[4:]) if line.prompt else None
+
+    def _prompt(self, url: str, text: str, version: str) -> Prompt:
+        """Raises Unusable."""
+        return read_prompt(url, text, self.synthesizer)
 
     def _voice(self, name: str) -> Voice:
         """Raises Unusable."""
@@ -135,7 +146,7 @@ class Speak:
         except ModelError as error:
             raise Unusable("unusable-voice", str(error)) from None
 
-    def _kept(self, line: ScriptLine, voice: Voice | None) -> dict[str, Any] | None:
+    def _kept(self, line: ScriptLine, voice: Voice | None, prompt: Prompt | None) -> dict[str, Any] | None:
         """What is known of a line whose file is there and says that it was made for this request."""
         url = self._url(line)
         if not storage.exists(url):
@@ -146,7 +157,7 @@ class Speak:
             return None
         details = provenance.details if provenance else {}
         report = details.get("report")
-        if report is None or details.get("request") != self._request(line, voice):
+        if report is None or details.get("request") != self._request(line, voice, prompt):
             return None
         # libsndfile reads what is there of a file that was cut off.
         whole = round(len(samples) / rate, 3) == report["seconds"]
@@ -157,15 +168,16 @@ class Speak:
             return _reject(line, "phonemise", spoken.reason, spoken.detail)
         if isinstance(spoken, ModelError):
             return _reject(line, "voice", "unusable-voice", str(spoken))
-        voice, report = self.voice(line.voice) if line.voice else None, describe(spoken)
-        details = {"request": self._request(line, voice), "report": report}
+        (voice, prompt), report = self._started(line), describe(spoken)
+        details = {"request": self._request(line, voice, prompt), "report": report}
+        details |= {"prompt": prompt.digest} if prompt else {}
         provenance = provenance_of(self.work.model, voice, line.text, details)
         try:
             content = encode(spoken.samples, spoken.rate, provenance, self.work.config.format)
         except SpeechFileError as error:
             return _reject(line, "write", "no-file", f"{error} (faults: {', '.join(spoken.faults) or 'none'})")
         storage.write_bytes(self._url(line), content)
-        return self._row(line, report)
+        return self._row(line, report) | {"took": round(spoken.took, 4)}
 
     def _url(self, line: ScriptLine) -> str:
         return storage.join(self.work.config.output, f"{line.key}.{self.work.config.format}")
@@ -174,9 +186,10 @@ class Speak:
         file = f"{line.key}.{self.work.config.format}"
         return {"id": line.id, "file": file, "voice": line.voice, "text": line.text, **report}
 
-    def _request(self, line: ScriptLine, voice: Voice | None) -> str:
+    def _request(self, line: ScriptLine, voice: Voice | None, prompt: Prompt | None) -> str:
         """Digest of all that a file's speech depends on."""
         parts = (self.work.settings, line.id, line.text, line.voice, voice.digest if voice else "")
+        parts += (prompt.digest,) if prompt else ()
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 

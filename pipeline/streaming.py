@@ -48,7 +48,7 @@ def _piece(synthesizer: Synthesizer, take: Take, first: float) -> Iterator[np.nd
     """Chunks of one piece; the last milliseconds are held back until it is known whether it ends there."""
     rate, frame_rate = synthesizer.card.codec.sample_rate, synthesizer.card.codec.frame_rate
     batch = ContinuousBatch(synthesizer.model, synthesizer.policy)
-    batch.add(take.key, take.phones, take.seed, take.state, max_frames=synthesizer.most_frames(take))
+    batch.add(take.key, take.phones, take.seed, take.state, take.prompt, synthesizer.most_frames(take))
     given, due = 0, max(1, round(first * frame_rate))
     for frames in itertools.count(2 - synthesizer.card.sizes.codebooks):
         ended = batch.step()

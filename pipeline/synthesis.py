@@ -9,6 +9,7 @@ same alone and beside any others (up to rounding: exactly with `dtype="float64"`
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -19,15 +20,17 @@ import torch
 
 from infra import storage
 from model.checkpoint import CONFIG_FILE, WEIGHTS_FILE, ModelCard, unpack
+from model.continuation import joined
 from model.continuous_batch import ContinuousBatch
 from model.lina import Lina, LinaState
 from model.lina_config import ModelError
 from model.sampling import Policy, Speech
+from model.voice_samples import Sample
 from pipeline import phonemes, sentences
 from pipeline.codec_weights import ResolvedCodec
 from pipeline.speech_faults import Findings, Limits, examine
 from pipeline.speech_joining import join
-from pipeline.speech_lines import Line, Piece, Spoken, Voice, derived
+from pipeline.speech_lines import Line, Piece, Prompt, Spoken, Voice, derived
 from pipeline.text import PUNCTUATION
 from pipeline.utterances import Unusable
 
@@ -128,19 +131,25 @@ class Synthesizer:
 
     def step(self) -> list[tuple[Hashable, Spoken]]:
         """Says one frame more of everything; gives back the lines that are done with it."""
+        start = time.perf_counter()
         while self._queue and len(self._batch) < self.rows:
             take = self._queue.popleft()
             self._spoken[take.key] = take
-            self._batch.add(take.key, take.phones, take.seed, take.state, max_frames=self.most_frames(take))
-        done = []
-        for key, speech in self._batch.step():
-            take = self._spoken.pop(key)
-            if again := self._judged(take, speech):
+            most = self.most_frames(take)
+            self._batch.add(take.key, take.phones, take.seed, take.state, take.prompt, most)
+        ended, done = self._batch.step(), []
+        share = (time.perf_counter() - start) / max(1, len(self._spoken))
+        for line, _ in self._spoken:
+            self._lines[line].took += share
+        for key, speech in ended:
+            start, take, (line, number) = time.perf_counter(), self._spoken.pop(key), key
+            progress, again = self._lines[line], self._judged(take, speech)
+            if again:
                 self._queue.appendleft(again)
-                continue
-            line, number = key
-            self._lines[line].said[number] = self._piece(take)
-            if all(said is not None for said in self._lines[line].said):
+            else:
+                progress.said[number] = self._piece(take)
+            progress.took += time.perf_counter() - start
+            if all(said is not None for said in progress.said):
                 done.append((line, self._joined(self._lines.pop(line))))
         return done
 
@@ -184,13 +193,25 @@ class Synthesizer:
         for number, part in enumerate(parts):
             tokens = [phonemes.BOS, *phonemes.phonemise(part.text), phonemes.EOS]
             sounds = np.array([token not in PUNCTUATION and token not in phonemes.SPECIALS for token in tokens])
-            phones = torch.tensor([self._ids[token] for token in tokens])
-            takes.append(Take((key, number), *part, phones, sounds, state, derived(line.seed, number), []))
+            phones, codes = torch.tensor([self._ids[token] for token in tokens]), None
+            if line.prompt is not None:
+                phones, sounds, codes = self._after(line.prompt, phones, sounds)
+            seed = derived(line.seed, number)
+            takes.append(Take((key, number), *part, phones, sounds, state, seed, [], len(tokens), codes))
         return takes
 
     def most_frames(self, take: Take) -> int:
         """Where a piece is cut."""
-        return min(self.policy.max_frames, self.limits.most_frames(len(take.phones), self.card.codec.frame_rate))
+        return min(self.policy.max_frames, self.limits.most_frames(take.tokens, self.card.codec.frame_rate))
+
+    def _after(
+        self, prompt: Prompt, phones: torch.Tensor, sounds: np.ndarray
+    ) -> tuple[torch.Tensor, np.ndarray, torch.Tensor]:
+        """(phones, sounds, codes): a piece's text behind that of a prompt, of which nothing is to be said, and the
+        prompt's codes."""
+        codes = prompt.sample.codes[: self.card.sizes.codebooks]
+        text = joined([prompt.sample, Sample(phones, codes[:, :0])], self._ids[phonemes.SPACE]).phones
+        return text, np.concatenate([np.zeros(len(text) - len(sounds) + 1, bool), sounds[1:]]), codes
 
     def _state(self, voice: Voice) -> LinaState:
         kind = self.model.norm.weight
@@ -226,7 +247,7 @@ class Synthesizer:
     def _joined(self, progress: _Progress) -> Spoken:
         pieces, waves = zip(*progress.said, strict=True)
         rate = self.card.codec.sample_rate
-        return Spoken(join(waves, progress.pauses, rate), rate, pieces)
+        return Spoken(join(waves, progress.pauses, rate), rate, pieces, progress.took)
 
 
 class Take(NamedTuple):
@@ -237,12 +258,17 @@ class Take(NamedTuple):
     text: str
     pause: float
     phones: torch.Tensor
+    """int [J], a prompt's text before the piece's own."""
     sounds: np.ndarray
-    """bool [J]: which phones are sounds."""
+    """bool [J]: which phones are sounds that are to be said."""
     state: LinaState | None
     seed: int
     attempts: list[tuple[int, np.ndarray, Findings]]
     """(seed, codes, findings) of the attempts so far."""
+    tokens: int
+    """Of the piece's own text."""
+    prompt: torch.Tensor | None
+    """int [K, N]: codes that are gone on from."""
 
 
 def best_attempt(take: Take) -> tuple[int, np.ndarray, Findings]:
@@ -256,6 +282,7 @@ class _Progress:
 
     pauses: list[float]
     said: list[tuple[Piece, np.ndarray] | None] = field(default_factory=list)
+    took: float = 0.0
 
 
 def _opened(files: ModelFiles, device: str, dtype: str) -> tuple[Lina, ModelCard]:

@@ -2,6 +2,7 @@
 
     <output>/.scores/<chunk>.jsonl         judgements of a chunk of recordings; the chunk is done
     <output>/speech/                       what --model said (`pipeline.bulk_synthesis`)
+    <output>/speed.jsonl                   how long each recording of it took
     <output>/scores.jsonl, figures.json, report.md, report.png       when everything is judged
 
 A chunk's name has a digest of all that its judgements depend on, sizes and times of the recordings and of those that
@@ -13,8 +14,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from pipeline.utterances import Reject
 
 _ENDINGS = (".wav", ".flac", ".opus", ".ogg", ".mp3")
+_SPEED = "speed.jsonl"
 ATTEMPTS = 3
 """Times over the set in which a chunk may be lost before the job gives up."""
 
@@ -47,7 +48,9 @@ class Evaluation:
     chunks: tuple[Chunk, ...]
     codec: ResolvedCodec | None
     speed: dict[str, float]
-    """Seconds of computing a second of audio, of systems where it is known."""
+    """Seconds that a worker computes for a second of audio, of systems where it is known."""
+    refused: dict[str, str]
+    """Items that --model cannot say, and why."""
 
     @property
     def tasks(self) -> int:
@@ -60,7 +63,7 @@ class Evaluation:
 
 
 def say(config: EvaluateConfig, items: Sequence[Item]) -> None:
-    """Lets --model say what of the set it has not said, and notes how fast it was.
+    """Lets --model say what of the set it has not said, and notes how long that took.
 
     Raises:
         ModelError, CodecError, PlanError, SynthesisError: as `pipeline.bulk_synthesis`.
@@ -70,21 +73,13 @@ def say(config: EvaluateConfig, items: Sequence[Item]) -> None:
 
     output = storage.join(config.output, "speech")
     script = storage.join(config.output, "script.jsonl")
-    json_lines.write(script, ({"id": i.id, "voice": i.voice, "text": i.text} for i in items))
+    json_lines.write(script, (_asked(config, item) for item in items))
     codec, weights = _spoken_codec(config)
     how = {"voices": config.voices, "seed": config.seed, "codec": codec, "codec_weights": weights}
-    bulk = bulk_synthesis.plan(SynthesizeConfig(script=script, output=output, model=config.model, **how))
-    seconds, start = 0.0, time.monotonic()
-
-    def on_rows(rows: list[dict[str, Any]]) -> None:
-        nonlocal seconds
-        seconds += sum(row.get("seconds", 0.0) for row in rows)
-
-    bulk_synthesis.run(bulk, on_rows)
+    bulk = bulk_synthesis.plan(SynthesizeConfig(script=script, output=output, model=config.model, **how), prompts=True)
+    bulk_synthesis.run(bulk, lambda rows: None)
     bulk_synthesis.finish(bulk)
-    if seconds:
-        spent = {"audio_seconds": seconds, "wall_seconds": time.monotonic() - start}
-        storage.write_text(storage.join(config.output, "speed.json"), json.dumps(spent) + "\n")
+    _note_speed(config)
 
 
 def plan(config: EvaluateConfig, items: list[Item], rejects: list[Reject]) -> Evaluation:
@@ -97,7 +92,10 @@ def plan(config: EvaluateConfig, items: list[Item], rejects: list[Reject]) -> Ev
     from pipeline import codec_weights
 
     folders = config.folders() | ({MODEL: storage.join(config.output, "speech")} if config.model else {})
-    tasks = {name: list(_recorded(name, folder, items)) for name, folder in folders.items()}
+    refused = _refused(config)
+    tasks = {
+        name: list(_recorded(name, folder, items, refused if name == MODEL else {})) for name, folder in folders.items()
+    }
     spoken = [item for item in items if item.reference]
     if spoken:
         tasks[REFERENCE] = [Task(REFERENCE, i.id, i.text, i.reference, i.likeness) for i in spoken]
@@ -107,9 +105,9 @@ def plan(config: EvaluateConfig, items: list[Item], rejects: list[Reject]) -> Ev
     if not tasks:
         raise EvaluationError("nothing to judge: name systems with --systems or --model, or a set with references")
     bound = [config.recogniser, codec.digest if codec else "", config.codebooks]
-    version = functools.cache(_version)  # one prompt serves many
+    version = functools.cache(storage.version)  # one prompt serves many
     chunks = [chunk for system in sorted(tasks) for chunk in _chunks(tasks[system], config.chunk, bound, version)]
-    return Evaluation(config, items, rejects, tuple(chunks), codec, _speed(config))
+    return Evaluation(config, items, rejects, tuple(chunks), codec, _speed(config), refused)
 
 
 def run(evaluation: Evaluation, on_rows: Callable[[list[dict[str, Any]]], None]) -> None:
@@ -162,6 +160,9 @@ def finish(evaluation: Evaluation) -> tuple[list[Row], list[dict[str, Any]]]:
     output, scores = evaluation.config.output, []
     for chunk in evaluation.chunks:
         scores += json_lines.read(storage.join(output, FOLDER, f"{chunk.name}.jsonl"))
+    for row in scores:
+        if row["system"] == MODEL and "missing" in row:
+            row["missing"] = evaluation.refused.get(row["id"], row["missing"])
     systems = list(dict.fromkeys(row["system"] for row in scores))
     order = [name for name in (REFERENCE, RECONSTRUCTION) if name in systems]
     order += [name for name in systems if name not in order]
@@ -205,6 +206,9 @@ def report(evaluation: Evaluation, rows: Sequence[Row], scores: Sequence[dict[st
         "reference. In brackets: 95 % bootstrap intervals over items.",
         "",
     ]
+    if config.model and (prompted := sum(bool(item.prompt and not item.voice) for item in items)):
+        how = "says them in its own voice" if config.prompts == "ignore" else "goes on from the prompt"
+        lines += [f"{prompted} items have a prompt and no voice: the model {how}.", ""]
     lines += [f"- {r.where}: {r.reason}: {r.detail}" for r in evaluation.rejects]
     for row in rows:
         own = [s for s in scores if s["system"] == row.system]
@@ -242,44 +246,60 @@ def _spoken_codec(config: EvaluateConfig) -> tuple[str | None, str | None]:
     return (config.codec, config.codec_weights) if found.identity == wanted else (None, None)
 
 
-def _recorded(system: str, folder: str, items: Sequence[Item]) -> Iterator[Task]:
-    """A system's task of every item; without a recording where its folder has none."""
+def _asked(config: EvaluateConfig, item: Item) -> dict[str, str]:
+    """What --model is to say, as a line of a script."""
+    line = {"id": item.id, "voice": item.voice, "text": item.text}
+    if not item.prompt or item.voice or config.prompts == "ignore":
+        return line
+    prompt = {"prompt": item.prompt, "prompt_text": item.prompt_text}
+    return line | prompt | {"prompt_version": " ".join(storage.version(item.prompt))}
+
+
+def _refused(config: EvaluateConfig) -> dict[str, str]:
+    """Items that --model could not say, and why; files of theirs are of another time."""
+    url = storage.join(config.output, "speech", "quarantine.jsonl")
+    rows = json_lines.read(url) if config.model and storage.exists(url) else []
+    return {row["id"]: f"{row['reason']}: {row['detail']}" for row in rows}
+
+
+def _recorded(system: str, folder: str, items: Sequence[Item], refused: Container[str]) -> Iterator[Task]:
+    """A system's task of every item; without a recording where its folder has none, or the item was refused."""
     present: dict[str, set[str]] = {}
     for item in items:
         parent, _, name = item.key.rpartition("/")
         if parent not in present:
             present[parent] = set(storage.names(storage.join(folder, parent) if parent else folder))
         file = next((name + ending for ending in _ENDINGS if name + ending in present[parent]), None)
-        place = storage.join(folder, parent, file) if file else ""
+        place = storage.join(folder, parent, file) if file and item.id not in refused else ""
         yield Task(system, item.id, item.text, storage.absolute(place) if place else "", item.likeness)
 
 
 def _chunks(tasks: list[Task], size: int, bound: list[Any], version: Callable[[str], list[str]]) -> Iterator[Chunk]:
     for number in range(0, len(tasks), size):
         part = tuple(tasks[number : number + size])
-        state = [bound, part, [[version(task.recording), version(task.likeness)] for task in part]]
+        urls = ((task.recording, task.likeness) for task in part)
+        state = [bound, part, [[version(url) if url else [] for url in pair] for pair in urls]]
         digest = hashlib.sha256(json.dumps(state).encode()).hexdigest()[:16]
         yield Chunk(f"{part[0].system}-{number // size:05d}-{digest}", part)
 
 
-def _version(url: str) -> list[str]:
-    """What changes when a recording does."""
-    if not url:
-        return []
-    fs, path = storage.filesystem(url)
-    try:
-        info = fs.info(path)
-    except OSError:
-        return []
-    return [str(info.get(name, "")) for name in ("size", "mtime", "ETag", "LastModified")]
+def _note_speed(config: EvaluateConfig) -> None:
+    """Notes how long each recording took; of one that was kept, what was noted when it was said."""
+    url, names = storage.join(config.output, _SPEED), ("file", "seconds", "took")
+    before = {row["file"]: row for row in json_lines.read(url)} if storage.exists(url) else {}
+    rows = []
+    for said in json_lines.read(storage.join(config.output, "speech", "manifest.jsonl")):
+        row = said if "took" in said else before.get(said["file"], said)
+        if "took" in row and row["seconds"] == said["seconds"]:
+            rows.append({name: row[name] for name in names})
+    json_lines.write(url, rows)
 
 
 def _speed(config: EvaluateConfig) -> dict[str, float]:
-    url = storage.join(config.output, "speed.json")
-    if not config.model or not storage.exists(url):
-        return {}
-    spent = json.loads(storage.read_text(url))
-    return {MODEL: spent["wall_seconds"] / spent["audio_seconds"]}
+    url = storage.join(config.output, _SPEED)
+    rows = json_lines.read(url) if config.model and storage.exists(url) else []
+    audio = sum(row["seconds"] for row in rows)
+    return {MODEL: sum(row["took"] for row in rows) / audio} if audio else {}
 
 
 def read_set(config: EvaluateConfig) -> tuple[list[Item], list[Reject]]:

@@ -37,7 +37,7 @@ def compared(
     paper: str,
     what: str,
     difference: Figure | None,
-    pairs: int = FEWEST,
+    pairs: int,
     unit: str = "nats a token",
     least: float = READABLE,
 ) -> Claim:
@@ -46,7 +46,7 @@ def compared(
     Args:
         what: the difference, in words.
         difference: ours, with its 95 % interval; None where nothing was measured.
-        pairs: of speakers, sentences or utterances, that it is the mean of.
+        pairs: of speakers, sentences, utterances or rounds, that it is the mean of.
         least: what is nearer to zero decides nothing.
     """
     if difference is None:

@@ -31,13 +31,13 @@ PAPER_LEAST = 45.0
 def subsets(seconds: Sequence[float], amounts: Sequence[float], seed: int) -> dict[float, tuple[int, ...]]:
     """Places of samples that together are as long as each amount, each subset within the next; `ALL` are all.
 
-    Amounts that cannot be had to about a third, or give the same samples as a lower one, are left out.
+    Amounts that cannot be had to about a third, or give the same samples as a lower one or all, are left out.
     """
     from model.voice_samples import shuffled
 
     order = list(shuffled(len(seconds), seed, -3))
     found: dict[float, tuple[int, ...]] = {}
-    chosen: list[int] = []
+    everything, chosen = tuple(range(len(seconds))), []
     for amount in sorted(amounts):
         if not chosen:  # the sample that is nearest to the least amount
             chosen.append(min(order, key=lambda place: abs(seconds[place] - amount)))
@@ -45,9 +45,10 @@ def subsets(seconds: Sequence[float], amounts: Sequence[float], seed: int) -> di
             if place not in chosen and sum(seconds[i] for i in chosen) + seconds[place] <= 1.1 * amount:
                 chosen.append(place)
         new = tuple(sorted(chosen))
-        if _about(sum(seconds[place] for place in chosen), amount) and new not in found.values():
+        there = _about(sum(seconds[place] for place in chosen), amount)
+        if there and new not in (*found.values(), everything):
             found[amount] = new
-    return found | {ALL: tuple(range(len(seconds)))}
+    return found | {ALL: everything}
 
 
 def single(seconds: Sequence[float], amounts: Sequence[float]) -> dict[float, tuple[int, ...]]:

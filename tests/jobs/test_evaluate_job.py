@@ -5,15 +5,22 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 
+import numpy as np
 import pytest
+import soundfile
 
 from model.codec_config import CodecError
+from pipeline import scripts
 from pipeline.evaluate_config import EvaluateConfig
 from pipeline.evaluation_sets import Item
+from pipeline.json_lines import read, write
+from pipeline.judging import FOLDER
 from pipeline.measures import EvaluationError
 from pipeline.system_evaluation import figures, finish, plan, read_set, say
-from tests.pipeline.speaking_model import write_speaker
+from tests.corpora import voiced
+from tests.pipeline.speaking_model import write_speaker, write_voice
 
 
 def typed(project, folder, *words):
@@ -84,9 +91,86 @@ def test_a_model_speaks_through_the_codec_that_is_its_own(local_ray, tmp_path):
     assert said[0]["id"] == "a" and said[0]["text"] == items[0].text
 
 
+def prompted(folder) -> list[Item]:
+    """Four prompts: with its words, without, of a recording that is missing, and beside a voice."""
+    model, _ = write_speaker(folder, ends=1.5)
+    write_voice(folder / "voices/ann.safetensors", model)
+    soundfile.write(folder / "p.wav", voiced(np.random.default_rng(1), 0.8, 16_000), 16_000)
+    here, gone = str(folder / "p.wav"), str(folder / "gone.wav")
+    told = [Item("own", "Rain."), Item("told", "Rain.", "", here, "Green island.")]
+    return [
+        *told,
+        Item("silent", "Rain.", "", here),
+        Item("gone", "Rain.", "", gone, "Green."),
+        Item("ann", "Rain.", "ann", here),
+    ]
+
+
+def heard(output) -> dict[str, bytes]:
+    return {file.stem: file.read_bytes() for file in (output / "speech").glob("*.wav")}
+
+
+def test_items_with_a_prompt_are_said_in_its_voice_or_not_at_all(local_ray, tmp_path):
+    items, output = prompted(tmp_path), tmp_path / "out"
+
+    def config(**changes) -> EvaluateConfig:
+        same = {"set": "set.jsonl", "model": str(tmp_path / "model"), "voices": str(tmp_path / "voices")}
+        return EvaluateConfig(**same, codec=str(tmp_path / "codec"), output=str(output), **changes)
+
+    say(config(prompts="ignore"), items)
+    ignored = heard(output)
+    assert ignored.keys() == {item.id for item in items}
+    say(config(), items)
+    said = heard(output)
+    assert {name for name in said if said[name] != ignored[name]} == {"told"}
+    (chunk,) = scripts.read(f"{output}/script.jsonl", 9, {})  # no consent comes with a prompt: others pass it over
+    assert not any(line.prompt for line in chunk.lines)
+    # Of what was refused, files of another time are there, and are not judged.
+    evaluation = plan(config(), items, [])
+    lacking = {task.id for chunk in evaluation.chunks for task in chunk.tasks if not task.recording}
+    assert lacking == {"silent", "gone"}
+    counts = {"words": 1, "word_errors": 1, "characters": 4, "character_errors": 4}
+    for chunk in evaluation.chunks:
+        scores = [{"system": task.system, "id": task.id, "text": task.text, **counts} for task in chunk.tasks]
+        rows = [score | ({"missing": "no-recording"} if score["id"] in lacking else {}) for score in scores]
+        write(f"{output}/{FOLDER}/{chunk.name}.jsonl", rows)
+    reasons = {row["id"]: row["missing"] for row in finish(evaluation)[1] if "missing" in row}
+    assert "give its words as prompt_text" in reasons["silent"] and reasons["gone"].startswith("missing-file: ")
+    report = (output / "report.md").read_text()
+    assert "- missing silent: no-prompt-text" in report and "the model goes on from the prompt" in report
+    # Another recording in the prompt's place is another voice.
+    soundfile.write(items[1].prompt, voiced(np.random.default_rng(2), 0.9, 16_000), 16_000)
+    say(config(), items)
+    again = heard(output)
+    assert {name for name in again if again[name] != said[name]} == {"told"}
+
+
+def test_the_speed_is_that_of_speaking_whenever_it_was_said(local_ray, tmp_path):
+    _, codec = write_speaker(tmp_path, ends=1.5)
+    items = [Item(str(number), "Good morning, green island.") for number in range(4)]
+
+    def speed(count: int) -> float:
+        config = EvaluateConfig(set="x", model=str(tmp_path / "model"), codec=codec, output=str(tmp_path / "out"))
+        start = time.monotonic()
+        say(config, items[:count])
+        spent.append(time.monotonic() - start)
+        return plan(config, items[:count], []).speed["model"]
+
+    spent, listed = [], tmp_path / "out/speech/manifest.jsonl"
+    first = speed(3)
+    rows = read(str(listed))
+    assert first == pytest.approx(sum(r["took"] for r in rows) / sum(r["seconds"] for r in rows))
+    assert sum(row["took"] for row in rows) < spent[0] / 2  # no start of workers, no loading
+    assert speed(3) == first
+    longer = speed(4)  # three files are kept, and what is known of them, too
+    more = read(str(listed))
+    assert ["took" in row for row in more] == [False] * 3 + [True]
+    took = sum(row["took"] for row in (*rows, more[3]))
+    assert longer == pytest.approx(took / sum(row["seconds"] for row in more))
+
+
 def test_texts_that_no_file_of_text_can_hold_are_reported_all_the_same(tmp_path):
     from infra import storage
-    from pipeline.judging import FOLDER
 
     rows = [{"id": "a", "text": "Good\u2028morning."}, {"id": "b", "text": "Rain \ud800."}]
     (tmp_path / "set.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

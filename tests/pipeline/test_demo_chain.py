@@ -1,10 +1,12 @@
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
 
+from infra import storage
 from pipeline import demo_chain
 from pipeline.evaluation_sets import read
 from pipeline.speakers import Speaker, read_speakers
@@ -65,3 +67,28 @@ def test_the_page_shows_each_voice_beside_its_recording_and_what_was_typed(corpu
     page = Path(demo_chain.write_page(corpus, str(tmp_path / "judged"), steps)).read_text()
     assert page.count("<audio") == 3 and "good &lt;morning&gt;" in page and "2 of 12 words" in page
     assert "python jobs/x.py" in page and ">71<" in page.replace("</td>", "<")
+    assert "below: heldout-2." in page and "missing no-recording" in page
+
+
+def test_what_is_there_is_shown_where_a_voice_is_missing(corpus, monkeypatch, capsys):
+    """The commands are acted; one speaker was refused, and one sentence is missing for it."""
+    from jobs import demo
+
+    asked = []
+
+    def acted(what: str, words: list[str], steps: list) -> int:
+        asked.append(words[0])
+        steps.append(demo_chain.Step(what, words[0], 1.0))
+        if words[0] == "jobs/evaluate.py":
+            lost = {"system": "model", "missing": "unknown-voice", "words": 12, "word_errors": 12, "likeness": 0.0}
+            scores = [lost | {"id": "heldout-1"}, lost | {"id": "heldout-2"}]
+            storage.write_text(f"{corpus}/evaluation/scores.jsonl", "".join(json.dumps(row) + "\n" for row in scores))
+        return codes.get(words[0], 0)
+
+    monkeypatch.setattr(demo, "typed", acted)
+    monkeypatch.setattr(sys, "argv", ["demo", "--output", corpus, "--skip-training"])
+    codes = {"jobs/enroll.py": 3, "jobs/evaluate.py": 3}
+    assert demo.main() == 3 and asked[-2:] == ["jobs/enroll.py", "jobs/evaluate.py"]
+    assert "unknown-voice" in Path(corpus, "index.html").read_text() and "open      " in capsys.readouterr().out
+    codes = {"jobs/enroll.py": 1}
+    assert demo.main() == 1 and asked[-1] == "jobs/enroll.py"

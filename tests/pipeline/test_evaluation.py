@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from model.codec import Codec
 from model.codec_config import CodecConfig
 from pipeline import measures
-from pipeline.evaluation import Clip, compare, evaluate_codec, interval, table
+from pipeline.evaluation import Clip, Row, compare, evaluate_codec, interval, table
 from pipeline.measures import EvaluationError, WordErrors
 
 RATE = 24000
@@ -204,6 +204,12 @@ def test_silence_has_no_likeness_and_clips_without_text_no_word_errors(clips: li
     rows = compare(unknown, {"silence": lambda samples, rate: np.zeros_like(samples)}, heard_nothing)
     assert "wer" not in rows[0].figures and "WER" not in table(rows)
     assert rows[1].figures["similarity"].value == 0.0
+
+
+def test_numbers_below_the_table_keep_three_digits_and_no_exponent() -> None:
+    extra = {"factor": 0.03412, "rate": 70.84, "none": 0.0, "many": 12345.6, "thousand": 999.7}
+    lines = table([Row("ours", {}, extra=extra)]).splitlines()
+    assert [line.partition(": ")[2] for line in lines if ": " in line] == ["0.0341", "70.8", "0", "12,346", "1,000"]
 
 
 def test_what_cannot_be_compared_is_refused(clips: list[Clip]) -> None:

@@ -15,6 +15,7 @@ from model.lina_config import ModelError
 from model.sampling import Policy
 from pipeline import codec_weights, phonemes
 from pipeline.sentences import pieces
+from pipeline.speaking_prompts import read_prompt
 from pipeline.speech_faults import Limits, examine
 from pipeline.speech_files import FORMATS, LONGEST_COMMENT, Provenance, SpeechFileError, decode, encode, ending
 from pipeline.speech_joining import faded, join
@@ -167,6 +168,55 @@ def test_voices_are_heard_and_must_fit(parts) -> None:
     ):
         speaker.submit("x", Line(LONG, dataclasses.replace(voice, memories=voice.memories[:1])))
     assert len(speaker) == 0
+
+
+def test_lines_go_on_from_prompts(parts, tmp_path) -> None:
+    """Held to continuation one by one; beside lines without a prompt, and streamed."""
+    import soundfile
+    import torch
+
+    from model.continuation import continued_speech
+
+    wave = voiced(np.random.default_rng(3), 0.7, 16_000)
+    soundfile.write(tmp_path / "ann.wav", wave, 16_000, subtype="FLOAT")
+    speaker = synthesizer(parts, rows=3)
+    prompt = read_prompt(str(tmp_path / "ann.wav"), "Green island.", speaker)
+    assert prompt.sample.codes.shape[0] == 4 and abs(prompt.sample.codes.shape[1] - 0.7 * 75) < 2
+    line, plain = Line("Seven birds sang about rain today.", None, 4, prompt), Line("Rain.", None, 2)
+    said = dict(speaker.speak([(0, line), (1, plain), (2, line)]))
+    (take,) = speaker.takes("x", dataclasses.replace(line, prompt=None))
+    policy = dataclasses.replace(speaker.policy, max_frames=speaker.most_frames(take))
+    space = speaker.card.inventory.index(phonemes.SPACE)
+    with torch.inference_mode():
+        wanted, before = continued_speech(speaker.model, prompt.sample, take.phones, space, policy, take.seed)
+    wave = join([speaker.decode(wanted.codes.numpy())], [0.0], 24_000)
+    assert wanted.codes.shape[1] > 1 and np.array_equal(said[0].samples, wave)
+    own = wanted.attention[:, before:].float().numpy()
+    assert said[0].pieces[0].findings == examine(
+        wanted.codes.numpy(), wanted.finished, own, take.sounds[1:], 75.0, ANYTHING
+    )
+    assert np.array_equal(said[2].samples, wave) and np.array_equal(said[1].samples, speaker.say(plain).samples)
+    assert not np.array_equal(speaker.say(dataclasses.replace(line, prompt=None)).samples, wave)
+    np.testing.assert_allclose(np.concatenate(list(stream(speaker, line))), wave, atol=1e-5)
+    for file, text, reason in (
+        ("ann.wav", " ", "no-prompt-text"),
+        ("none.wav", "Rain.", "missing-file"),
+        ("ann.wav", "🎉", "not-speakable"),
+    ):
+        with pytest.raises(Unusable, match=reason):
+            read_prompt(str(tmp_path / file), text, speaker)
+
+
+def test_the_time_of_lines_said_together_is_shared_out(parts) -> None:
+    import time
+
+    speaker = synthesizer(parts, rows=3)
+    speaker.say(Line(LONG))  # what is loaded once is nobody's
+    start = time.perf_counter()
+    said = dict(speaker.speak((n, Line(LONG, seed=n)) for n in range(6)))
+    spent = time.perf_counter() - start
+    assert all(spoken.took > 0 for spoken in said.values())
+    assert 0.5 * spent < sum(spoken.took for spoken in said.values()) < spent
 
 
 def test_failures_are_tried_again_a_few_times_and_reported(parts) -> None:
