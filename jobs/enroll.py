@@ -109,7 +109,12 @@ def work(batch: Any, run: Any) -> tuple[Any, dict[str, Any]]:
     if batch.config.listen:
         from pipeline.enrollment_listening import listen
 
-        listen(batch, results)
+        try:
+            listen(batch, results)
+        except Exception as error:  # whatever it is, the voices are there and the report is due
+            fault = repr(getattr(error, "cause", None) or error)  # Ray's own holds a whole traceback
+            results.notes.append(f"the report has nothing to hear: saying its sentence failed with {fault[:1000]}")
+            print(f"enroll: {results.notes[-1]}", file=sys.stderr)
     summary = enrollment_report.write(batch, results, time.monotonic() - start)
     run.log_metrics(enrollment_report.metrics(summary))
     for name in enrollment_report.FILES:
@@ -168,7 +173,8 @@ def describe_summary(summary: dict[str, Any], output: str) -> str:
     ]
     means = summary["means"]
     if "tuned_loss" in means:
-        shown = ", ".join(f"{means[f'{name}_loss']:.3f} {name}" for name in ("base", "continuation", "tuned"))
+        losses = [name for name in ("base", "continuation", "tuned") if f"{name}_loss" in means]
+        shown = ", ".join(f"{means[f'{name}_loss']:.3f} {name}" for name in losses)
         lines.append(f"loss      {shown}")
     lines += [f"rejects   {summary['rejected']:,}"] + [
         f"          {n:,} {reason}" for reason, n in summary["rejects"].items()

@@ -13,7 +13,7 @@ import torch
 from model.delay import BOS, delayed
 from model.lina import Lina, losses
 from model.sampling import Policy, Prompt, Speech, speak
-from model.state_pass import padded
+from model.state_pass import grouped, padded, steps_of
 from model.voice_samples import Sample
 
 
@@ -36,16 +36,28 @@ def continued_losses(
 
     Without prompts these are the losses of the targets alone.
     """
-    frames, found = sum(prompt.codes.shape[1] for prompt in prompts), []
-    for target in targets:  # one by one: prompts make rows long
-        phones, phone_lengths, codes, lengths = padded([joined([*prompts, target], space)], model.norm.weight.device)
+    return losses_after(model, [(prompts, target) for target in targets], space)
+
+
+@torch.no_grad()
+def losses_after(
+    model: Lina, pairs: Sequence[tuple[Sequence[Sample], Sample]], space: int, group_steps: int = 0
+) -> list[tuple[float, int]]:
+    """`continued_losses` of many (prompts, target), in groups of rows · longest ≤ `group_steps`, each at least one."""
+    whole = [joined([*prompts, target], space) for prompts, target in pairs]
+    frames = [sum(prompt.codes.shape[1] for prompt in prompts) for prompts, _ in pairs]
+    found = [(0.0, 0)] * len(pairs)
+    for group in grouped([steps_of(sample) for sample in whole], group_steps):
+        phones, phone_lengths, codes, lengths = padded([whole[i] for i in group], model.norm.weight.device)
         tokens = delayed(codes[:, : model.config.codebooks], lengths)
         wanted = tokens[:, 1:].clone()
-        for codebook in range(model.config.codebooks):
-            wanted[:, : frames + codebook, codebook] = BOS
+        for row, i in enumerate(group):
+            for codebook in range(model.config.codebooks):
+                wanted[row, : frames[i] + codebook, codebook] = BOS
         logits, _, _ = model.advance(model.embed(tokens[:, :-1]), model.read(phones, phone_lengths))
         _, _, sums, counts = losses(logits, wanted)
-        found.append((float(sums), int(counts)))
+        for i, *pair in zip(group, sums.tolist(), counts.tolist(), strict=True):
+            found[i] = tuple(pair)
     return found
 
 

@@ -28,7 +28,8 @@ class Tuned:
     base_loss: float | None
     """From memories of zeros: no voice at all."""
     continuation_loss: float | None
-    """From the memories that the model reaches after reading one prompt, the longest sample tuned on, with its text."""
+    """Without a voice, after one prompt: text and codes of the longest sample tuned on stand before the sample's
+    (`model.continuation`). None where the tuner was not told how texts are joined."""
     tuned_loss: float | None
     curve: tuple[tuple[int, float], ...]
     """(steps taken, held-out loss)."""

@@ -21,14 +21,18 @@ from dataclasses import dataclass, field
 
 import torch
 
-from model.initial_state import Factors, Memories, Recipe, drawn, memories, number, shapes
+from model.continuation import losses_after
+from model.initial_state import Factors, Recipe, drawn, memories, number, shapes
 from model.lina import Lina
 from model.lina_config import ModelError
 from model.speaker_optimiser import SpeakerAdamW
-from model.state_pass import read_memories, steps_of, tokens_of
+from model.state_pass import steps_of, tokens_of
 from model.tuned import Tuned
 from model.tuning_work import Row, Work
 from model.voice_samples import Sample, batch_at, checked, split
+
+_PROMPTED_STEPS = 8192
+"""Of a group of held-out samples after their prompts: their logits, and nothing for a gradient, are held at once."""
 
 
 @dataclass
@@ -57,6 +61,8 @@ class Tuner:
         model: of mixer `gla`. Its weights are frozen for good, and it is put into evaluation mode.
         slots: how many speakers at most.
         cache_bytes, group_steps: of `model.tuning_work.Work`.
+        space: the phone between the words of a text, by which a prompt's text and the next one are joined; without it
+            continuation is not measured.
 
     Raises:
         ModelError: a model without memories.
@@ -69,8 +75,9 @@ class Tuner:
         slots: int = 64,
         cache_bytes: int = 1 << 30,
         group_steps: int | None = None,
+        space: int | None = None,
     ) -> None:
-        self.model, self.recipe, self.slots = model, recipe or Recipe(), slots
+        self.model, self.recipe, self.slots, self.space = model, recipe or Recipe(), slots, space
         self.shapes = shapes(model.config, self.recipe.rank, self.recipe.position)
         self.work = Work(model, self.recipe.scale, cache_bytes, group_steps)
         self._factors = {
@@ -167,7 +174,7 @@ class Tuner:
         return _rows(owner, speaker, [speaker.tuning[i] for i in times], list(times.values()))
 
     def _welcome(self, speakers: list[_Speaker]) -> None:
-        """What held-out samples lose without a voice, after a prompt, and at the start."""
+        """What held-out samples lose without a voice, said after a prompt, and at the start."""
         for speaker in speakers:
             speaker.baselines = (None, None)
         speakers = [speaker for speaker in speakers if speaker.held]
@@ -175,12 +182,24 @@ class Tuner:
             return
         rows = [row for owner, speaker in enumerate(speakers) for row in _rows(owner, speaker, speaker.held)]
         base = self.work.losses(None, rows, len(speakers)).tolist()
-        prompts = [max((sample for _, sample in speaker.tuning), key=steps_of) for speaker in speakers]
-        read = read_memories(self.model, prompts, self.work.group_steps)
-        continued = self.work.losses(Memories(read.layers, read.position), rows, len(speakers)).tolist()
-        for speaker, *losses in zip(speakers, base, continued, strict=True):
+        for speaker, *losses in zip(speakers, base, self._continued(speakers), strict=True):
             speaker.baselines = tuple(losses)
         self._evaluate(speakers)
+
+    def _continued(self, speakers: list[_Speaker]) -> list[float | None]:
+        """What held-out samples lose after the longest sample tuned on: one prompt, and so the cost is bounded."""
+        if self.space is None:
+            return [None] * len(speakers)
+        start = time.perf_counter()
+        pairs = []
+        for speaker in speakers:
+            prompt = max((sample for _, sample in speaker.tuning), key=steps_of)
+            pairs += [([prompt], sample) for _, sample in speaker.held]
+        budget = min(_PROMPTED_STEPS, self.work.group_steps)
+        found = iter(losses_after(self.model, pairs, self.space, budget))
+        own = [[next(found) for _ in speaker.held] for speaker in speakers]
+        self.work.seconds["evaluate"] += time.perf_counter() - start
+        return [sum(loss for loss, _ in each) / sum(tokens for _, tokens in each) for each in own]
 
     def _evaluate(self, speakers: list[_Speaker]) -> None:
         """The held-out losses as things stand; the best factors are kept."""
@@ -265,9 +284,10 @@ def tune(
     recipe: Recipe | None = None,
     slots: int = 64,
     cache_bytes: int = 1 << 30,
+    space: int | None = None,
 ) -> Iterator[Tuned]:
     """Tunes speakers, many at once, in the order in which they come; voices as they are done. Raises as `join`."""
-    tuner, waiting = Tuner(model, recipe, slots, cache_bytes), iter(speakers)
+    tuner, waiting = Tuner(model, recipe, slots, cache_bytes, space=space), iter(speakers)
     coming = True
     while coming or tuner.active:
         while coming and tuner.free:

@@ -68,7 +68,7 @@ class StageConfig:
     downscale_delay: float = option(60.0, "seconds of idleness before a replica is taken away")
     queue: int = option(1000, "speakers that may wait; more are refused with `busy`")
     timeout: float = option(3600.0, "seconds after which a speaker is given up, unless the request says otherwise")
-    attempts: int = option(4, "replicas that a speaker may lose before it is given up")
+    attempts: int = option(4, "replicas that a speaker may lose, the last ones alone on them, before it is given up")
     owner: str = option("", "which job started the application, and so stops it; empty for a service")
 
     def __post_init__(self) -> None:

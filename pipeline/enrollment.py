@@ -1,8 +1,9 @@
 """A batch of speakers becomes a folder of voices: read one by one, tokenized, tuned by the stage, written whole.
 
 The same batch again does only what is missing: a speaker is done when its voice file is there, of this model and
-recipe, made from these samples and this consent. Speakers pass in the order in which they are read, so many at a time
-as fill all tuners; the driver holds no more of them. Whoever cannot be enrolled goes to the quarantine with the reason.
+recipe, made from these recordings and this consent. Speakers pass in the order in which they are read, so many at a
+time as fill all tuners; the driver holds no more of them. Whoever cannot be enrolled goes to the quarantine with the
+reason.
 """
 
 from __future__ import annotations
@@ -150,6 +151,7 @@ class _Run:
     async def _enrolled(self, speaker: Speaker, id: str) -> dict[str, Any]:
         """Raises Unusable."""
         start = time.monotonic()
+        recordings = await asyncio.to_thread(self.batch.folder.recordings, speaker)
         samples, rejects = await self._encoded(speaker)
         if not samples:
             reasons = ", ".join(f"{count} {reason}" for reason, count in Counter(r.reason for r in rejects).items())
@@ -166,7 +168,8 @@ class _Run:
         if "error" in result:
             raise Unusable(result["error"]["reason"], result["error"]["detail"])
         row = result["row"] | {"rejected_samples": len(rejects), "wall_seconds": round(time.monotonic() - start, 3)}
-        return await asyncio.to_thread(self.batch.folder.write, speaker, result["voice"], row, rejects)
+        write = self.batch.folder.write
+        return await asyncio.to_thread(write, speaker, result["voice"], row, rejects, recordings)
 
     async def _encoded(self, speaker: Speaker) -> tuple[list[Any], list[Reject]]:
         """(samples, rejects). Raises Unusable where worker after worker died of them."""

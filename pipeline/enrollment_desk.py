@@ -2,7 +2,9 @@
 
 A desk hands every request on at once, in order of arrival, to whatever tunes (`pipeline.enrollment_stage`: replicas
 behind a Serve handle, which queues them in that order). A request whose replica dies is handed on again: tuning is a
-pure function, so nothing but time is lost. A desk lives in one event loop and keeps nothing on disk.
+pure function, so nothing but time is lost. What kills replicas may be one of the requests, and takes its neighbours
+with it: who was lost twice is tuned with nobody beside it, so that only who is lost alone is given up. A desk lives in
+one event loop and keeps nothing on disk.
 """
 
 from __future__ import annotations
@@ -12,8 +14,8 @@ import itertools
 import time
 import uuid
 from collections import OrderedDict
-from collections.abc import AsyncGenerator, Callable
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +27,8 @@ _REMEMBERED = 10_000
 """Requests that are done and can still be asked for."""
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 15.0
 """Seconds before a request that was lost is handed on again."""
+_LOST_TOGETHER = 2
+"""Times that a request is lost before it is suspected: from then on it is tuned alone."""
 
 
 @dataclass
@@ -50,7 +54,7 @@ class Desk:
         tune: what tunes a request.
         queue: requests that may wait for a slot; more are refused.
         timeout: seconds that a request may take, unless it says otherwise.
-        attempts: how often a request is handed on before it is given up.
+        attempts: how often a request is handed on before it is given up; where there are several, the last one alone.
         lost: exceptions of `tune` that say that whoever tuned is gone.
     """
 
@@ -61,6 +65,7 @@ class Desk:
         self._open: OrderedDict[str, _Ticket] = OrderedDict()
         self._done: OrderedDict[str, _Ticket] = OrderedDict()
         self._numbers = itertools.count()
+        self._turns = _Turns()
 
     async def enroll(self, request: dict[str, Any]) -> dict[str, Any]:
         """The last event of a request: `voice` and `row`, or `error` with a reason and a detail.
@@ -135,8 +140,9 @@ class Desk:
         fault = "no event came"
         for attempt in range(self.attempts):
             ticket.attempts = attempt + 1
+            alone = attempt >= max(1, min(_LOST_TOGETHER, self.attempts - 1))
             try:
-                async with aclosing(self.tune(request)) as events:
+                async with self._turns.turn(alone), aclosing(self.tune(request)) as events:
                     async for event in events:
                         if "voice" in event or "error" in event:
                             return event
@@ -147,7 +153,9 @@ class Desk:
             ticket.state, ticket.told = "waiting", {}
             if attempt + 1 < self.attempts:
                 await asyncio.sleep(min(_LONGEST_PAUSE, _FIRST_PAUSE * 2**attempt))
-        return _failed("lost", f"whoever tuned it was lost {self.attempts} times, last with {fault[:500]}")
+        beside = " with nobody beside it" if self.attempts > 1 else ""
+        times = f"whoever tuned it was lost {self.attempts} times, last{beside}"
+        return _failed("lost", f"{times}; the log of the tuners says why. It went with {fault[:500]}")
 
     def _close(self, ticket: _Ticket, result: dict[str, Any]) -> dict[str, Any]:
         del self._open[ticket.id]
@@ -159,6 +167,33 @@ class Desk:
         while len(self._done) > _REMEMBERED:
             self._done.popitem(last=False)
         return result
+
+
+class _Turns:
+    """Lets in any number together, or one alone, in order of arrival."""
+
+    def __init__(self) -> None:
+        self._door = asyncio.Lock()
+        self._together = 0
+        self._empty = asyncio.Event()
+        self._empty.set()
+
+    @asynccontextmanager
+    async def turn(self, alone: bool) -> AsyncIterator[None]:
+        if alone:
+            async with self._door:  # held to the end: nobody follows
+                await self._empty.wait()
+                yield
+            return
+        async with self._door:
+            self._together += 1
+            self._empty.clear()
+        try:
+            yield
+        finally:
+            self._together -= 1
+            if not self._together:
+                self._empty.set()
 
 
 def _failed(reason: str, detail: str) -> dict[str, Any]:

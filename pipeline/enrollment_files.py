@@ -2,7 +2,8 @@
 
 <output>/<tenant>/<key>.safetensors            a voice; once it is there, its speaker is done
 <output>/.enrollment/settings.json             what the folder is bound to
-<output>/.enrollment/<tenant>/<key>.json       a speaker's row of the report, and its samples that could not be used
+<output>/.enrollment/<tenant>/<key>.json       a speaker's row of the report, its samples that could not be used, and
+                                               digests of its recordings' sizes and times and of the voice's record
 <output>/report.html, voices.csv, voices.json, quarantine.jsonl, summary.json        of the last batch
 """
 
@@ -39,7 +40,11 @@ class VoiceFolder:
         """Digest of all that a speaker's voice depends on beside model and recipe; equal means up to date."""
         rest = {n: v for n, v in self.settings.items() if n != "model" and not n.startswith("recipe.")}
         parts = (speaker.told, speaker.consent, rest)
-        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+        return _digest(parts)
+
+    def recordings(self, speaker: Speaker) -> str:
+        """Digest of sizes and times of a speaker's recordings. Not in the voice, whose bytes have no clock."""
+        return _digest([storage.version(sample.audio) for sample in speaker.samples])
 
     def known(self, speaker: Speaker) -> dict[str, Any] | None:
         """What is noted of a speaker whose voice is up to date; None where it is to be tuned.
@@ -54,14 +59,19 @@ class VoiceFolder:
             record = read_record(storage.read_range(url, 0, LARGEST_HEADER + 8))
         except (VoiceError, FileNotFoundError):
             return None
-        found = {"model": record["model"]}
-        found |= {f"recipe.{name}": value for name, value in record["training"].get("recipe", {}).items()}
+        found, recipe = {"model": record["model"]}, record["training"].get("recipe")
+        found |= {f"recipe.{name}": value for name, value in recipe.items()} if isinstance(recipe, dict) else {}
         expected = {n: v for n, v in self.settings.items() if n == "model" or n.startswith("recipe.")}
         if changed := differences(found, expected):
             raise Unusable("other-voice", f"{url} was made otherwise ({'; '.join(changed[:3])}); delete it first")
         if record["training"].get("source") != self.source(speaker):
             return None
-        return self.note(speaker.key) or {"row": _row_of(record), "rejects": []}
+        note = self.note(speaker.key) or {"row": _row_of(record), "rejects": []}
+        if "recordings" not in note:
+            return note
+        # A killed writer may have left the note of a voice that never came.
+        same = note["voice"] == _digest(record) and note["recordings"] == self.recordings(speaker)
+        return note if same else None
 
     def note(self, key: str) -> dict[str, Any] | None:
         """What `write` noted."""
@@ -71,9 +81,16 @@ class VoiceFolder:
         except (FileNotFoundError, ValueError):
             return None
 
-    def write(self, speaker: Speaker, voice: bytes, row: dict[str, Any], rejects: list[Reject]) -> dict[str, Any]:
-        """Keeps a voice; the voice itself goes last. Returns the note."""
+    def write(
+        self, speaker: Speaker, voice: bytes, row: dict[str, Any], rejects: list[Reject], recordings: str = ""
+    ) -> dict[str, Any]:
+        """Keeps a voice; the voice itself goes last. Returns the note.
+
+        Args:
+            recordings: their digest before they were read; without one, only `source` says what is up to date.
+        """
         note = {"row": row, "rejects": [reject._asdict() for reject in rejects]}
+        note |= {"recordings": recordings, "voice": _digest(read_record(voice))} if recordings else {}
         json_lines.write(storage.join(self.output, FOLDER, self.tenant, f"{speaker.key}.json"), [note])
         storage.write_bytes(self.voice_url(speaker.key), voice)
         return note
@@ -97,6 +114,10 @@ class VoiceFolder:
         """Takes away what killed writers left; only local files are written under temporary names."""
         for folder in ((self.tenant,), (FOLDER,), (FOLDER, self.tenant)) if storage.is_local(self.output) else ():
             storage.remove_leftovers(storage.join(self.output, *folder))
+
+
+def _digest(told: Any) -> str:
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def _row_of(record: dict[str, Any]) -> dict[str, Any]:

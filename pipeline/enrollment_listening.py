@@ -50,6 +50,7 @@ def listen(batch: Batch, results: Results) -> None:
     said, notes = ray.get(task.remote(config, batch.codec, _chosen(batch, results), device))
     for note in notes:
         print(f"enroll: {note}", file=sys.stderr)
+    results.notes += notes
     rows = {row["speaker"]: row for row in results.rows}
     for one in said:
         results.said[one.speaker] = one.content

@@ -31,6 +31,7 @@ def page(
     """
     parts = [
         _tiles(summary),
+        "".join(f"<p class=bad>{html.escape(note)}</p>" for note in summary.get("notes", ())),
         _pictures(rows),
         _voices(rows, said),
         _rejected(rejects, sample_rejects),

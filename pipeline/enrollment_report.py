@@ -34,6 +34,8 @@ class Results:
     """Whose voices were there before."""
     said: dict[str, bytes] = field(default_factory=dict)
     """By speaker: Opus files of the report's sentence."""
+    notes: list[str] = field(default_factory=list)
+    """What of the report is missing, and why."""
 
     def take(self, result: dict[str, Any] | Reject, known: bool) -> None:
         if isinstance(result, Reject):
@@ -101,6 +103,7 @@ def _summary(batch: Batch, results: Results, rows: Sequence[dict[str, Any]], wal
         "tenant": batch.config.tenant,
         "model": {"folder": batch.config.model, "fingerprint": batch.card.fingerprint},
         "settings": batch.folder.settings,
+        "notes": results.notes,
     }
 
 

@@ -14,6 +14,7 @@ Two deployments. `EnrollmentStage`, one replica without a GPU, is the desk: ever
 knows everybody's order and progress, however many tune. `VoiceTuner`, a replica a GPU (or some CPUs), holds a
 continuous batch (`pipeline.tuning_batch`) and streams each request's progress and voice back to the desk. The number
 of tuners follows the number of requests; a tuner that dies loses nothing, for the desk hands its requests on again.
+A tuner whose thread fails, out of GPU memory, say, ends its process: it would be idle, and draw all requests to it.
 When the desk itself dies, callers get an error and ask again: the same request gives the same voice.
 
 `app` builds it from `StageConfig`'s fields: infra/configs/serve.yaml names it.
@@ -22,7 +23,9 @@ When the desk itself dies, callers get an error and ask again: the same request 
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
+import os
 from collections.abc import AsyncGenerator
 from typing import TYPE_CHECKING, Any
 
@@ -54,7 +57,14 @@ def build(config: StageConfig) -> Application:
     from ray import serve
 
     config.recipe()
-    config = resolved(config)
+    given, config = config.max_replicas, resolved(config)
+    if given is None:
+        kind = "GPUs" if config.device == "cuda" else "CPUs"
+        print(
+            f"enrollment: at most {config.max_replicas} tuners, for the {kind} that are up now; "
+            "max_replicas (--max-replicas) sets another number, for a cluster that grows",
+            flush=True,
+        )
     quiet = {"log_level": "WARNING", "enable_access_log": False}
     ongoing = config.slots + max(2, config.slots // 4)
     tuner = serve.deployment(
@@ -201,6 +211,7 @@ class VoiceTuner:
     def __init__(self, config: StageConfig) -> None:
         from infra.allocator import keep_memory
         from model.checkpoint import unpack
+        from pipeline.phonemes import SPACE
         from pipeline.synthesis import read_model
         from pipeline.tuning_batch import TuningBatch
 
@@ -217,6 +228,8 @@ class VoiceTuner:
             waiting=2 * config.slots + _SPARE,
             apart=config.batching == "apart",
             threads=config.threads,
+            space=self._ids.get(SPACE),
+            on_fault=_end_process,
         )
 
     async def tune(self, request: dict[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
@@ -247,11 +260,6 @@ class VoiceTuner:
         seconds = sum(sample.codes.shape[1] for sample in samples) / self.card.codec.frame_rate
         yield self._made(request, event, seconds)
 
-    def check_health(self) -> None:
-        """Serve asks now and then, and replaces a replica that raises."""
-        if self._batch.fault:
-            raise RuntimeError("the tuning thread has ended") from self._batch.fault
-
     def _made(self, request: dict[str, Any], tuned: Any, seconds: float) -> dict[str, Any]:
         from pipeline.enrolled import report_row, voice_bytes
 
@@ -262,6 +270,15 @@ class VoiceTuner:
         except Unusable as error:
             return {"error": {"reason": error.reason, "detail": error.detail}}
         return {"voice": content, "row": report_row(tuned, seconds, len(content))}
+
+
+def _end_process(fault: BaseException) -> None:
+    """Serve replaces a replica that is gone at once; one that only fails draws requests until it is found unhealthy."""
+    try:
+        logging.getLogger("ray.serve").critical("the tuning thread failed: its process ends", exc_info=fault)
+        logging.shutdown()  # writes what handlers hold back
+    finally:
+        os._exit(1)
 
 
 def _with_phones(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:

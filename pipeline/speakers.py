@@ -207,7 +207,10 @@ def _from_folder(url: str, consents: Consents) -> Iterator[Speaker | Reject]:
 def _speaker_of_folder(name: str, folder: str, consents: Consents) -> Speaker:
     """Raises Unusable."""
     key = file_key(name)
-    there = storage.names(folder)
+    try:
+        there = storage.names(folder)
+    except OSError as error:
+        raise Unusable("unreadable-folder", f"{folder} cannot be listed: {error}") from None
     given = _json_file(storage.join(folder, CONSENT_FILE)) if CONSENT_FILE in there else None
     consent = consents.of(name, given)
     samples, told = [], []

@@ -77,6 +77,8 @@ class TuningBatch:
         waiting: requests that may wait; more are refused.
         apart: compute each speaker by itself.
         threads: of PyTorch; None leaves them.
+        space: of `model.voice_tuning.Tuner`.
+        on_fault: called in the batch's thread with what ended it, before anybody else is told.
     """
 
     def __init__(
@@ -88,10 +90,12 @@ class TuningBatch:
         waiting: int = 1000,
         apart: bool = False,
         threads: int | None = None,
+        space: int | None = None,
+        on_fault: Callable[[BaseException], Any] | None = None,
     ) -> None:
         self.model, self.recipe, self.slots, self.memory_bytes = model, recipe, slots, memory_bytes
-        self.most_waiting, self._threads = waiting, threads
-        self._tuners = Apart(model, recipe, slots, memory_bytes) if apart else Tuner(model, recipe, slots, memory_bytes)
+        self.most_waiting, self._threads, self._on_fault = waiting, threads, on_fault
+        self._tuners = (Apart if apart else Tuner)(model, recipe, slots, memory_bytes, space=space)
         self._waiting: OrderedDict[str, tuple[Request, OnEvent]] = OrderedDict()
         self._taken: dict[str, _Taken] = {}
         self._cancelled: set[str] = set()
@@ -161,6 +165,8 @@ class TuningBatch:
                 self.fault = error
                 left = [on_event for _, on_event in self._waiting.values()]
                 left += [taken.on_event for taken in self._taken.values()]
+            if self._on_fault:
+                self._on_fault(error)
             for on_event in left:
                 on_event(RuntimeError(f"the tuning thread ended: {error!r}"))
             raise
@@ -233,8 +239,9 @@ class Apart:
     A share of the memory is each one's own, so that what is kept does not depend on the company either.
     """
 
-    def __init__(self, model: Lina, recipe: Recipe, slots: int, memory_bytes: int) -> None:
+    def __init__(self, model: Lina, recipe: Recipe, slots: int, memory_bytes: int, space: int | None = None) -> None:
         self.model, self.recipe, self.slots, self.memory_bytes = model, recipe, slots, memory_bytes
+        self.space = space
         self._tuners: dict[str, Tuner] = {}
 
     @property
@@ -242,7 +249,7 @@ class Apart:
         return self.slots - len(self._tuners)
 
     def join(self, speaker: str, samples: Sequence[Sample], seed: int | None = None) -> None:
-        tuner = Tuner(self.model, self.recipe, 1, self.memory_bytes)
+        tuner = Tuner(self.model, self.recipe, 1, self.memory_bytes, space=self.space)
         tuner.join(speaker, samples, seed=seed)
         self._tuners[speaker] = tuner
 

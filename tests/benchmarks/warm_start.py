@@ -86,8 +86,9 @@ def compare(model, speakers: dict, recipe) -> None:
 def tuned(model, speakers: dict, recipe, starts: dict) -> dict:
     """Voices by speaker, all tuned together, from their starts; who has none draws its own."""
     from model.voice_tuning import Tuner
+    from pipeline.phonemes import INVENTORY, SPACE
 
-    tuner, voices = Tuner(model, recipe, len(speakers)), {}
+    tuner, voices = Tuner(model, recipe, len(speakers), space=INVENTORY.index(SPACE)), {}
     for name, samples in speakers.items():
         tuner.join(name, samples, start=starts.get(name))
     while tuner.active:

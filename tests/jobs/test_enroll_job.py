@@ -3,6 +3,7 @@
 import csv
 import hashlib
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -97,14 +98,18 @@ def test_the_same_command_does_what_is_missing(undisturbed, corpus, tmp_path, ca
     times = {file: file.stat().st_mtime_ns for file in (output / "shared").iterdir()}
     assert enroll(config(corpus, output)) == 0
     assert "nothing was missing" in capsys.readouterr().out
-    # One voice is gone, one is damaged, of one the samples are others, one has consented to something else.
+    # One voice is gone, one is damaged, of one the samples are others, one has consented to something else, of one a
+    # recording was written anew.
     rows = [json.loads(line) for line in (corpus / "speakers.jsonl").read_text().splitlines()]
     rows[2]["samples"].pop()
     rows[3]["consent"]["scope"] = "audiobooks"
     for row in rows:
         for sample in row["samples"]:
             sample["audio"] = str(corpus / sample["audio"])
-    gone, damaged, fewer, other = (output / "shared" / f"spk-00{n}.safetensors" for n in range(4))
+    gone, damaged, fewer, other, again = (output / "shared" / f"spk-00{n}.safetensors" for n in range(5))
+    recording = corpus / "004-0.wav"
+    written = recording.stat().st_mtime_ns
+    os.utime(recording, ns=(written + 10**9, written + 10**9))
     gone.unlink()
     damaged.write_bytes(damaged.read_bytes()[:100])
     changed = corpus / "changed.jsonl"
@@ -112,9 +117,10 @@ def test_the_same_command_does_what_is_missing(undisturbed, corpus, tmp_path, ca
     lines = [json.dumps(rows[n]) if n in (2, 3) else originals[n] for n in range(SPEAKERS)]
     changed.write_text("\n".join(lines) + "\n")
     assert enroll(config(corpus, output, speakers=str(changed))) == 0
+    os.utime(recording, ns=(written, written))
     summary = json.loads((output / "summary.json").read_text())
-    assert (summary["enrolled"], summary["known"]) == (4, SPEAKERS - 4)
-    assert {f for f in times if f.stat().st_mtime_ns != times[f]} == {gone, damaged, fewer, other}
+    assert (summary["enrolled"], summary["known"]) == (5, SPEAKERS - 5)
+    assert {f for f in times if f.stat().st_mtime_ns != times[f]} == {gone, damaged, fewer, other, again}
     before, after = voices(undisturbed), voices(output)
     assert {name for name in before if before[name] != after[name]} == {fewer.name, other.name}
     assert unpack(other.read_bytes()).consent["scope"] == "audiobooks"
@@ -239,6 +245,20 @@ def test_voices_are_heard_and_judged_in_the_report(undisturbed, corpus, tmp_path
     assert all(float(row["wer"]) > 0.4 and -1 <= float(row["similarity"] or 0) < 0.9 for row in heard.values())
     page = (output / "report.html").read_text()
     assert page.count("<audio") == 2 and page.count("data:audio/ogg;base64,") == 2
+
+
+def test_a_report_without_anything_to_hear_says_why(undisturbed, corpus, tmp_path, monkeypatch, capsys):
+    output = tmp_path / "voices"
+    subprocess.run(["cp", "-r", str(undisturbed), str(output)], check=True)
+
+    def failing(*args) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr("pipeline.enrollment_listening.speak", failing)
+    assert enroll(config(corpus, output, listen=1)) == 0
+    assert "nothing to hear" in capsys.readouterr().err
+    (note,) = json.loads((output / "summary.json").read_text())["notes"]
+    assert "no space left" in note and "no space left" in (output / "report.html").read_text()
 
 
 @pytest.mark.parametrize(

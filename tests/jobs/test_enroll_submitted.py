@@ -22,9 +22,9 @@ from tests.pipeline.speech_samples import write_speakers
 WORDS = ["--speakers", "speakers.jsonl", "--model", "model-of-tests", "--codec", "codec-of-tests", "--device", "cpu"]
 WORDS += [
     "--steps",
-    "30",
+    "5",
     "--eval-every",
-    "10",
+    "5",
     "--batch",
     "2",
     "--slots",
@@ -34,7 +34,7 @@ WORDS += [
     "--output",
     "voices",
 ]
-SPEAKERS = 12
+SPEAKERS = 50
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,7 @@ def alone(checkout, monkeypatch) -> dict[str, bytes]:
     import torch
 
     monkeypatch.chdir(checkout)
-    recipe = {"steps": 30, "eval_every": 10, "batch": 2}
+    recipe = {"steps": 5, "eval_every": 5, "batch": 2}
     config = EnrollConfig(
         speakers="speakers.jsonl", model="model-of-tests", codec="codec-of-tests", output="elsewhere", **recipe
     )
@@ -64,7 +64,8 @@ def alone(checkout, monkeypatch) -> dict[str, bytes]:
     found = {}
     for speaker in batch.speakers():
         samples = to_samples([sample.to_request() for sample in encoder.encode(speaker.samples)[0]], ids)
-        tuning, done = TuningBatch(model, Recipe(**recipe), slots=1, apart=True, threads=1), []
+        options = {"slots": 1, "apart": True, "threads": 1, "space": ids["<space>"]}
+        tuning, done = TuningBatch(model, Recipe(**recipe), **options), []
         tuning.submit("it", Request(speaker.name, samples), done.append)
         while not (done and hasattr(done[-1], "factors")):
             time.sleep(0.01)

@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from model.continuation import continued_losses
 from model.delay import delayed
 from model.initial_state import Factors, Memories, Recipe, drawn, factorised, memories, number
 from model.lina import Batch, Lina, losses
@@ -40,6 +41,8 @@ SMALL = LinaConfig(
     text_dropout=0.3,
     dropout=0.2,
 )
+
+SPACE = 4
 
 
 @functools.cache
@@ -130,7 +133,7 @@ recipes = st.builds(
 def test_speakers_together_end_as_each_alone(recipe, speakers, slots, cache_bytes, group_steps) -> None:
     """Whoever joins when, leaves when, is padded to what, is cached or not: the states are those of separate runs."""
     model = network()
-    tuner = Tuner(model, recipe, slots, cache_bytes, group_steps)
+    tuner = Tuner(model, recipe, slots, cache_bytes, group_steps, SPACE)
     samples = {f"s{i}": speech(i, sizes) for i, (sizes, _, _) in enumerate(speakers)}
     joins = {f"s{i}": at for i, (_, at, _) in enumerate(speakers)}
     leaves = {f"s{i}": after for i, (_, _, after) in enumerate(speakers)}
@@ -159,10 +162,10 @@ def test_speakers_together_end_as_each_alone(recipe, speakers, slots, cache_byte
 def test_reports_do_not_depend_on_company_either() -> None:
     model, recipe = network(), Recipe(steps=6, eval_every=2, batch=4)
     speakers = [(f"s{i}", speech(i, [(3 + i, 20 + 9 * j) for j in range(6)])) for i in range(5)]
-    together = {voice.speaker: voice for voice in tune(model, speakers, recipe, slots=3)}
+    together = {voice.speaker: voice for voice in tune(model, speakers, recipe, slots=3, space=SPACE)}
     assert set(together) == {name for name, _ in speakers}
     for name, samples in speakers:
-        (single,) = tune(model, [(name, samples)], recipe, slots=1)
+        (single,) = tune(model, [(name, samples)], recipe, slots=1, space=SPACE)
         other = together[name]
         assert (single.steps, single.best_step, single.samples, single.held_out) == (6, other.best_step, 5, 1)
         for one, two in (
@@ -263,7 +266,7 @@ def trained() -> Lina:
     model = Lina(dataclasses.replace(SMALL, dropout=0.0, text_dropout=0.0))
     optimiser = torch.optim.AdamW(model.parameters(), lr=1e-2)
     for step in range(120):
-        voices = [speech(1000 + 8 * step + row, [(4, 40)])[0] for row in range(8)]
+        voices = [speech(1000 + 8 * step + row, [(4, 40) if row % 2 else (9, 80)])[0] for row in range(8)]
         optimiser.zero_grad()
         model(Batch(*padded(voices, torch.device("cpu")))).loss.backward()
         optimiser.step()
@@ -274,7 +277,7 @@ def trained() -> Lina:
 def test_a_voice_is_learnt(rank: int, gain: float) -> None:
     """What was never tuned on becomes likelier, in float32, and the factors are those of the best evaluation."""
     model, samples = trained(), speech(1, [(4, 40)] * 10)
-    (voice,) = tune(model, [("a", samples)], Recipe(rank=rank))
+    (voice,) = tune(model, [("a", samples)], Recipe(rank=rank), space=SPACE)
     assert voice.continuation_loss < voice.base_loss - 0.02
     assert voice.tuned_loss < voice.base_loss - gain
     assert voice.tuned_loss == min(loss for _, loss in voice.curve)
@@ -289,22 +292,17 @@ def test_a_voice_is_learnt(rank: int, gain: float) -> None:
 def test_baselines_mean_what_they_say() -> None:
     model = network()
     recipe, samples = Recipe(steps=1, held_out=0.3), speech(2, [(5, 30), (3, 44), (4, 12), (2, 25)])
-    (voice,) = tune(model, [("a", samples)], recipe)
+    (voice,) = tune(model, [("a", samples)], recipe, space=SPACE)
     tuned, held = ([samples[i] for i in places] for places in split(4, recipe, voice.seed))
     batch = Batch(*padded(held, torch.device("cpu")))
     assert voice.base_loss == pytest.approx(model(batch).loss.item(), abs=1e-10)
     prompt = max(tuned, key=steps_of)
-    # the prompt step by step, up to its last frame
-    text = model.read(prompt.phones[None], torch.tensor([len(prompt.phones)]))
-    tokens = delayed(prompt.codes[None], torch.tensor([prompt.codes.shape[1]]))
-    state = None
-    for step in range(prompt.codes.shape[1] + 1):
-        _, state, _ = model.step(tokens[:, step], text, state)
-    read = [layer.memory for layer in (*state.encoder, *state.decoder)]
-    start = model.initial_state(
-        [m.expand(len(held), -1, -1, -1) for m in read], state.position.memory.expand(len(held), -1, -1, -1)
-    )
-    assert voice.continuation_loss == pytest.approx(model(batch, start).loss.item(), abs=1e-10)
+    # with the prompt's text before its own, and the prompt's codes before its own
+    sums = continued_losses(model, [prompt], held, SPACE)
+    expected = sum(loss for loss, _ in sums) / sum(map(tokens_of, held))
+    assert voice.continuation_loss == pytest.approx(expected, abs=1e-10)
+    (voice,) = tune(model, [("a", samples)], recipe)
+    assert voice.continuation_loss is None
 
 
 def test_it_stops_when_held_out_speech_gets_no_better() -> None:

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 
-from model.continuation import continued_losses, continued_speech, joined
+from model.continuation import continued_losses, continued_speech, joined, losses_after
 from model.delay import delayed
 from model.frozen_layers import freeze
 from model.lina import Batch, Lina, losses
@@ -98,6 +98,16 @@ def test_continuation_counts_the_target_alone():
         ahead[:, codebook : codebook + frames, codebook] = tokens[:, 1:][:, codebook : codebook + frames, codebook]
     all_of_it, of_prompts = (float(losses(logits, wanted)[2]) for wanted in (tokens[:, 1:], ahead))
     assert found[0] == pytest.approx(all_of_it - of_prompts)
+
+
+def test_many_are_continued_together_as_each_alone():
+    model = model_of()
+    pairs = [(samples_of(n, 3)[: n % 3], samples_of(n + 9, 1 + n % 2)[-1]) for n in range(5)]
+    alone = [continued_losses(model, prompts, [target], SPACE)[0] for prompts, target in pairs]
+    for budget in (1, 300, 10_000):
+        found = losses_after(model, pairs, SPACE, budget)
+        assert [tokens for _, tokens in found] == [tokens for _, tokens in alone]
+        assert [loss for loss, _ in found] == pytest.approx([loss for loss, _ in alone])
 
 
 def test_joined_utterances_are_one_text_and_one_speech():

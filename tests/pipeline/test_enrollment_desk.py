@@ -1,7 +1,10 @@
 """The desk in front of what tunes: a real batch behind it, without Ray."""
 
 import asyncio
+import gc
+import tracemalloc
 
+import numpy as np
 import pytest
 
 from model.checkpoint import load
@@ -13,24 +16,53 @@ from pipeline.utterances import Unusable
 from tests.pipeline.speaking_model import write_speaker
 from tests.pipeline.speech_samples import samples_of
 
+SAMPLES = 100_000
+"""Bytes of a request's samples."""
+
 
 class Gone(Exception):
     """A replica that died."""
 
 
 class Replica:
-    """A batch as the desk sees it: events until the end; `lose` makes the next events fail as if it had died."""
+    """A batch as the desk sees it: events until the end; `lose` makes the next events fail as if it had died.
+
+    Where a step fails, all that is in the batch is gone, and another one takes its place.
+    """
 
     def __init__(self, model, steps: int = 2, slots: int = 2) -> None:
-        recipe = Recipe(steps=steps, batch=1, held_out=0.0)
-        self.batch = TuningBatch(model, recipe, slots=slots, waiting=10_000, threads=1)
+        self.model, self.steps, self.slots = model, steps, slots
         self.lose = 0
         self.begun: list[str] = []
+        self.faults: list[BaseException] = []
+        self.poison: set[str] = set()
+        """Requests with which a step fails."""
+        self.begin()
+
+    def begin(self) -> None:
+        recipe = Recipe(steps=self.steps, batch=1, held_out=0.0)
+        settings = {"slots": self.slots, "waiting": 10_000, "threads": 1, "on_fault": self.die}
+        self.batch = TuningBatch(self.model, recipe, **settings)
+        tuners, step = self.batch._tuners, self.batch._tuners.step
+
+        def steps():
+            if self.poison & set(tuners.active):
+                raise MemoryError("CUDA out of memory")
+            return step()
+
+        tuners.step = steps
+
+    def die(self, fault: BaseException) -> None:
+        self.faults.append(fault)
+        self.begin()
 
     async def tune(self, request):
-        loop, events, id = asyncio.get_running_loop(), asyncio.Queue(), request["id"]
+        loop, events, id, batch = asyncio.get_running_loop(), asyncio.Queue(), request["id"], self.batch
         asked = Request(request["speaker"], samples_of(int(request["speaker"]), 1, 5))
-        self.batch.submit(id, asked, lambda event: loop.call_soon_threadsafe(events.put_nowait, event))
+        try:
+            batch.submit(id, asked, lambda event: loop.call_soon_threadsafe(events.put_nowait, event))
+        except RuntimeError as error:
+            raise Gone("it is dying") from error
         try:
             while isinstance(event := await events.get(), Progress):
                 if id not in self.begun:
@@ -40,7 +72,9 @@ class Replica:
                     raise Gone("killed")
                 yield vars(event)
         finally:
-            self.batch.cancel(id)
+            batch.cancel(id)
+        if batch.fault:
+            raise Gone(str(event))
         assert isinstance(event, Tuned)
         yield {"voice": event.factors["v"].numpy().tobytes(), "row": {"steps": event.steps}}
 
@@ -67,14 +101,23 @@ def request(number: int, **changes) -> dict:
 def test_a_thousand_requests_at_once_keep_their_order(model):
     replica = Replica(model, steps=1, slots=16)
 
-    async def all_of_them():
-        desk = desk_of(replica, queue=1000)
-        tasks = [asyncio.create_task(desk.enroll(request(number))) for number in range(1002)]
+    async def all_of_them(desk):
+        given = (request(number, samples=np.zeros(SAMPLES, np.uint8)) for number in range(1002))
+        tasks = [asyncio.create_task(desk.enroll(asked)) for asked in given]
         await asyncio.sleep(0)
         places = [desk.progress(f"r{number}")["place"] for number in (0, 1, 999)]
         return places, await asyncio.gather(*tasks), desk.counts(), desk.progress("r7"), desk.progress("nobody")
 
-    places, results, counts, seventh, nobody = asyncio.run(all_of_them())
+    desk = desk_of(replica, queue=1000)
+    tracemalloc.start()
+    try:
+        places, results, counts, seventh, nobody = asyncio.run(all_of_them(desk))
+        gc.collect()
+        kept, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    # Each request's samples are held once while it waits, and not at all when it is done.
+    assert most < 1002 * (SAMPLES + 20_000) and kept < 1002 * 10_000
     assert places == [1, 2, 1000]
     assert [result["error"]["reason"] for result in results[1000:]] == ["busy", "busy"]
     assert all("voice" in result for result in results[:1000])
@@ -99,6 +142,31 @@ def test_a_request_outlives_who_tuned_it(model):
     given_up, told = asyncio.run(run(3))
     assert given_up["error"]["reason"] == "lost" and "3 times" in given_up["error"]["detail"]
     assert told["state"] == "failed" and told["error"]["reason"] == "lost"
+    replica.batch.close()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_who_kills_what_tunes_it_is_given_up_and_nobody_else(model, monkeypatch):
+    """Two of them, the second one taken in while those whom the first one took with it are tuned again."""
+    monkeypatch.setattr("pipeline.enrollment_desk._FIRST_PAUSE", 0.02)
+    replica = Replica(model, slots=4)
+    replica.poison = {"r1", "r10"}
+
+    async def all_of_them():
+        desk = desk_of(replica, attempts=4)
+        tasks = [asyncio.create_task(desk.enroll(request(number))) for number in range(8)]
+        while len(replica.faults) < 2:
+            await asyncio.sleep(0.01)
+        tasks += [asyncio.create_task(desk.enroll(request(number))) for number in range(8, 16)]
+        return await asyncio.gather(*tasks), [desk.progress(f"r{number}") for number in range(16)]
+
+    results, told = asyncio.run(all_of_them())
+    assert [number for number, result in enumerate(results) if "voice" not in result] == [1, 10]
+    for number in (1, 10):
+        error = results[number]["error"]
+        assert error["reason"] == "lost" and "4 times" in error["detail"] and "nobody beside" in error["detail"]
+        assert "CUDA out of memory" in error["detail"] and told[number]["attempts"] == 4
+    assert len(replica.faults) <= 8 and all(isinstance(fault, MemoryError) for fault in replica.faults)
     replica.batch.close()
 
 

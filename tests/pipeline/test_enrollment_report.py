@@ -1,5 +1,6 @@
 """The report's page: whole and safe whatever the batch was."""
 
+import html
 import re
 
 import pytest
@@ -54,6 +55,10 @@ def test_any_batch_has_a_page(rows):
     shown = made(rows)
     assert shown.rstrip().endswith("</html>") and ("data:image/png" in shown) == bool(rows)
     assert all(row["speaker"] in shown for row in rows)
+
+
+def test_what_is_missing_is_told():
+    assert f"<p class=bad>{html.escape(HOSTILE)}</p>" in made([ROW], notes=[HOSTILE])
 
 
 def test_names_cannot_become_markup_and_nothing_is_fetched():

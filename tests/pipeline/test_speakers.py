@@ -8,6 +8,7 @@ import soundfile
 from hypothesis import given
 from hypothesis import strategies as st
 
+from infra import storage
 from pipeline.keys import id_of
 from pipeline.manifests.errors import ManifestError
 from pipeline.speakers import Consents, Speaker, file_key, read_speakers
@@ -73,6 +74,24 @@ def test_a_folder_holds_a_folder_a_speaker(tmp_path):
     (tmp_path / "consents.json").write_text(json.dumps(CONSENT))
     again = list(read_speakers(str(tmp_path / "all"), Consents(str(tmp_path / "consents.json"))))
     assert [getattr(part, "reason", "") for part in again] == ["", "", "no-samples"]
+
+
+def test_a_folder_that_may_not_be_read_is_told_and_the_rest_goes_on(tmp_path, monkeypatch):
+    for name in ("ann", "bob"):
+        (tmp_path / name).mkdir()
+        soundfile.write(tmp_path / name / "1.wav", np.zeros(1600), 16_000)
+        (tmp_path / name / "consent.json").write_text(json.dumps(CONSENT))
+    names = storage.names
+
+    def forbidden(url: str) -> list[str]:
+        if url.endswith("ann"):
+            raise PermissionError(13, "Permission denied", url)
+        return names(url)
+
+    monkeypatch.setattr(storage, "names", forbidden)
+    ann, bob = read_speakers(str(tmp_path))
+    assert isinstance(bob, Speaker) and isinstance(ann, Reject) and ann.reason == "unreadable-folder"
+    assert "Permission denied" in ann.detail and ann.where == str(tmp_path / "ann")
 
 
 def test_consent_in_bulk(tmp_path):

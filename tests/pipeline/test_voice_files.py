@@ -9,12 +9,12 @@ from infra import storage
 from model.checkpoint import load
 from model.initial_state import Recipe, drawn
 from model.tuned import Tuned
-from model.voice_file import VoiceError, unpack
+from model.voice_file import VoiceError, pack, unpack
 from pipeline.enrolled import recipe_record, voice_bytes
 from pipeline.enrollment_files import VoiceFolder
 from pipeline.plan import PlanError
 from pipeline.speakers import Speaker
-from pipeline.utterances import Reject, Unusable
+from pipeline.utterances import Reject, Unusable, Utterance
 from pipeline.voice_files import NoSuchVoice, found, named
 from tests.pipeline.speaking_model import write_speaker
 from tests.pipeline.speech_samples import CONSENT
@@ -36,10 +36,11 @@ def folder(request, card, tmp_path):
     return VoiceFolder(root, "shared", {"model": card.fingerprint, "codec": "c", **recipe, "max_seconds": 60.0})
 
 
-def speaker(name: str = "Zoë/2", told: str = "[]", **changes) -> Speaker:
+def speaker(name: str = "Zoë/2", told: str = "[]", audio: tuple[str, ...] = (), **changes) -> Speaker:
     from pipeline.speakers import file_key
 
-    return Speaker(name, file_key(name), (), CONSENT | changes, "speakers.jsonl:1", told)
+    samples = tuple(Utterance(url, url, "rain", name) for url in audio)
+    return Speaker(name, file_key(name), samples, CONSENT | changes, "speakers.jsonl:1", told)
 
 
 def voice(folder: VoiceFolder, card, who: Speaker, recipe: Recipe = RECIPE, points: int = 2, **changes) -> bytes:
@@ -66,10 +67,33 @@ def test_a_voice_is_done_when_it_is_there_and_of_these_samples(folder, card):
     assert folder.known(who) is None
 
 
+def test_a_voice_is_of_the_recordings_as_they_were(folder, card):
+    url = storage.join(folder.output, "recorded/1.wav")
+    storage.write_bytes(url, b"a recording")
+    who = speaker(audio=(url,))
+    folder.write(who, voice(folder, card, who), {}, [], folder.recordings(who))
+    assert folder.known(who) is not None
+    storage.write_bytes(url, b"another recording")
+    assert folder.known(who) is None
+    before = storage.read_bytes(folder.voice_url(who.key))
+    folder.write(who, voice(folder, card, who, tuned_loss=3.0), {}, [], folder.recordings(who))
+    assert folder.known(who) is not None
+    storage.write_bytes(folder.voice_url(who.key), before)  # killed after the note, before the voice
+    assert folder.known(who) is None
+    # Of a voice whose note says nothing of them, the samples as they were given decide.
+    note = storage.join(folder.output, ".enrollment/shared", f"{who.key}.json")
+    storage.write_text(note, '{"row": {}, "rejects": []}')
+    assert folder.known(who) == {"row": {}, "rejects": []}
+
+
 def test_voices_of_another_recipe_are_not_replaced(folder, card):
     who = speaker("ann")
     folder.write(who, voice(folder, card, who, Recipe(steps=6)), {}, [])
     with pytest.raises(Unusable, match=r"other-voice.*recipe\.steps: 6 → 5"):
+        folder.known(who)
+    foreign = dataclasses.replace(unpack(voice(folder, card, who)), training={"recipe": "a text"})
+    storage.write_bytes(folder.voice_url(who.key), pack(foreign))
+    with pytest.raises(Unusable, match=r"other-voice.*recipe\.batch: None → 8"):
         folder.known(who)
     folder.check()
     folder.bind()
