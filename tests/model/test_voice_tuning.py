@@ -266,7 +266,7 @@ def trained() -> Lina:
     model = Lina(dataclasses.replace(SMALL, dropout=0.0, text_dropout=0.0))
     optimiser = torch.optim.AdamW(model.parameters(), lr=1e-2)
     for step in range(120):
-        voices = [speech(1000 + 8 * step + row, [(4, 40) if row % 2 else (9, 80)])[0] for row in range(8)]
+        voices = [speech(1000 + 8 * step + row, [(4, 40) if row % 4 else (9, 80)])[0] for row in range(8)]
         optimiser.zero_grad()
         model(Batch(*padded(voices, torch.device("cpu")))).loss.backward()
         optimiser.step()
