@@ -97,10 +97,9 @@ def start(
     _refuse_taken(dashboard_port)
     _token()
     temporary = tempfile.mkdtemp(prefix="lina-ray-", dir="/tmp")
-    log = Path(temporary, "head.log")
-    mark = uuid.uuid4().hex
+    log, port, mark = Path(temporary, "head.log"), _free_port(), uuid.uuid4().hex
     arguments = {
-        "port": _free_port(),
+        "port": port,
         "dashboard-host": _LOOPBACK,
         "dashboard-port": dashboard_port,
         "dashboard-agent-listen-port": _free_port(),
@@ -110,22 +109,12 @@ def start(
         "num-cpus": num_cpus,
         "num-gpus": num_gpus,
     }
-    options = [f"--{name}={value}" for name, value in arguments.items() if value is not None]
-    with log.open("wb") as output:
-        head = subprocess.Popen(
-            [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", *options],
-            cwd=folder,
-            env=_head_environment(mark),
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+    head = _started_head(arguments, folder, mark, log)
     cluster = Cluster(
         mark=mark,
         pid=head.pid,
         dashboard=f"http://{_LOOPBACK}:{dashboard_port}",
-        address=f"{_LOOPBACK}:{arguments['port']}",
+        address=f"{_LOOPBACK}:{port}",
         temporary=temporary,
         folder=str(folder),
     )
@@ -138,6 +127,21 @@ def start(
         raise
     _become_current(cluster)
     return cluster
+
+
+def _started_head(arguments: dict[str, Any], folder: Path, mark: str, log: Path) -> subprocess.Popen[bytes]:
+    """`ray start --head` in `folder`, in a session of its own; arguments that are None are left to Ray."""
+    options = [f"--{name}={value}" for name, value in arguments.items() if value is not None]
+    with log.open("wb") as output:
+        return subprocess.Popen(
+            [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", *options],
+            cwd=folder,
+            env=_head_environment(mark),
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
 
 
 def find(folder: Path = ROOT) -> Cluster | None:
@@ -187,10 +191,7 @@ class Connection:
         """Where a Ray of this process's own keeps its files; None in a cluster."""
         self.lasting = lasting
         """Whether somebody else in this process connected, and will disconnect."""
-        total = ray.cluster_resources()
-        self.cpus: float = total.get("CPU", 0.0)
-        self.gpus: float = total.get("GPU", 0.0)
-        self.nodes = sum(node["Alive"] for node in ray.nodes())
+        self.cpus: float = ray.cluster_resources().get("CPU", 0.0)
         atexit.register(self.close)
 
     def __enter__(self) -> Connection:
@@ -432,21 +433,29 @@ def main() -> int:
         ended = stop(folder)
         print(f"stopped the cluster of {folder} ({ended} processes)" if ended else f"no cluster runs in {folder}")
         return 0
-    if options.command == "start":
-        try:
+    try:
+        if options.command == "start":
             start(folder, options.dashboard_port, options.num_cpus, options.num_gpus, options.object_store_memory)
-        except ClusterError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 1
-    return _print_status(folder)
+        return _print_status(folder)
+    except ClusterError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
 
 
 def _print_status(folder: Path) -> int:
+    """Raises ClusterError where the head lives and its dashboard does not answer."""
     cluster = find(folder)
     if cluster is None:
         print(f"no cluster runs in {folder}; `make cluster` starts one")
         return 3
-    for node in nodes(cluster):
+    try:
+        found = nodes(cluster)
+    except OSError as error:
+        raise ClusterError(
+            f"the head of {folder} lives (pid {cluster.pid}), but its dashboard {cluster.dashboard} does not answer "
+            f"({error}): see {cluster.temporary}, or end it with `make cluster-stop`"
+        ) from None
+    for node in found:
         has = {"CPU": 0.0, "GPU": 0.0, "memory": 0.0, "object_store_memory": 0.0, **node["resources_total"]}
         memory, objects = has["memory"] / _GIB, has["object_store_memory"] / _GIB
         print(f"node {node['node_ip']} {node['state'].lower()}: {has['CPU']:g} CPUs, {has['GPU']:g} GPUs, ", end="")

@@ -42,10 +42,6 @@ def load(kind: type[Config], file: str | Path | None = None, overrides: dict[str
         raise ConfigError(f"{kind.__name__}: {error}") from None
 
 
-def as_dict(config: Any) -> dict[str, Any]:
-    return dataclasses.asdict(config)
-
-
 def add_arguments(parser: argparse.ArgumentParser, kind: type) -> None:
     """Adds `--config FILE` and one option for each field; read them back with `from_arguments`."""
     parser.add_argument("--config", metavar="FILE", help="YAML file with any options below; the command line wins")

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     import fsspec
     import pyarrow.fs
 
+UNREADABLE = (OSError, ValueError, ImportError)
+"""What reading a URL raises: also of no scheme that fsspec knows, or of one whose file system is not installed."""
 _TEMPORARY = ".part-"
 _PAUSES = (1.0, 4.0)
 """Seconds before what failed is tried again."""
@@ -69,6 +71,14 @@ def arrow_filesystem(url: str) -> tuple[pyarrow.fs.FileSystem, str]:
     return pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(fs)), path
 
 
+def _afresh(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
+    """As `filesystem`, with no listing kept that the path is in: other processes write and remove, too."""
+    fs, path = filesystem(url)
+    for listed in (path, fs._parent(path)):
+        fs.invalidate_cache(listed)
+    return fs, path
+
+
 @contextmanager
 def as_os_errors(url: str) -> Iterator[None]:
     """Failures of the block as OSError: clients have exceptions of their own for a service that does not answer."""
@@ -83,7 +93,7 @@ def as_os_errors(url: str) -> Iterator[None]:
 def exists(url: str) -> bool:
     if is_local(url):
         return os.path.exists(absolute(url))
-    fs, path = filesystem(url)
+    fs, path = _afresh(url)
     with as_os_errors(url):
         return fs.exists(path)
 
@@ -142,17 +152,17 @@ def names(url: str) -> list[str]:
     if is_local(url):
         folder = absolute(url)
         return sorted(e.name for e in os.scandir(folder) if e.is_file()) if os.path.isdir(folder) else []
-    fs, path = filesystem(url)
+    fs, path = _afresh(url)
     with as_os_errors(url):
-        fs.invalidate_cache(path)
         return sorted(posixpath.basename(p) for p in fs.ls(path, detail=False)) if fs.exists(path) else []
 
 
 def version(url: str) -> list[str]:
     """What changes when a file is replaced: its size, its time, its tag; empty where nothing can be told of it."""
-    fs, path = filesystem(url)
     try:
-        info = fs.info(path)
+        with as_os_errors(url):
+            fs, path = _afresh(url)
+            info = fs.info(path)
     except OSError:
         return []
     return [str(info.get(name, "")) for name in ("size", "mtime", "ETag", "LastModified")]
@@ -160,7 +170,7 @@ def version(url: str) -> list[str]:
 
 def remove(url: str) -> None:
     """Removes a file or a folder with all that is in it; nothing happens where there is none."""
-    fs, path = filesystem(url)
+    fs, path = _afresh(url)
     with as_os_errors(url):
         if fs.exists(path):
             fs.rm(path, recursive=True)

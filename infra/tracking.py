@@ -7,16 +7,14 @@
 Where the runs go: MLFLOW_TRACKING_URI, or `sqlite:///mlflow.db` in the caller's folder with artefacts beside it (look
 at them with `mlflow ui`). `tracking="none"` tracks nothing. Only one process of a job should track.
 
-A server that is away in the middle of a job is reported once. Metrics wait for it, up to a limit; texts, tables and
-files of that time are lost, and the end of the run says how much was.
+A server that is away in the middle of a job is reported once. Metrics wait for it, up to a limit; texts and files
+of that time are lost, and the end of the run says how much was.
 """
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import hashlib
-import io
 import json
 import logging
 import os
@@ -24,7 +22,7 @@ import re
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -180,14 +178,6 @@ class Run:
     def log_text(self, text: str, file: str) -> None:
         """A text as the artefact `file` (`notes/plan.txt`)."""
         self._attempt("files", lambda: self._client.log_text(self.run_id, text, file))
-
-    def log_table(self, rows: Sequence[Mapping[str, Any]], file: str) -> None:
-        """Rows as a CSV artefact; the columns are all names that occur, in order of appearance."""
-        out = io.StringIO()
-        writer = csv.DictWriter(out, list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-        self.log_text(out.getvalue(), file)
 
     def log_figure(self, figure: Figure, file: str) -> None:
         """A matplotlib figure as an image; the file's ending says which kind."""

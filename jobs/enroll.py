@@ -127,10 +127,10 @@ def tune(batch: Any, results: Any, run: Any) -> None:
     from tqdm import tqdm
 
     from pipeline import enrollment, enrollment_app
+    from pipeline.progress import pace
 
     config, start = batch.config, time.monotonic()
-    pace = {"mininterval": 0.2} if sys.stderr.isatty() else {"mininterval": 10.0, "maxinterval": 10.0, "ncols": 100}
-    with contextlib.ExitStack() as opened, tqdm(desc="enrolling", unit=" speakers", **pace) as bar:
+    with contextlib.ExitStack() as opened, tqdm(desc="enrolling", unit=" speakers", **pace()) as bar:
 
         def open_stage() -> Any:
             own = config.stage(owner=f"enroll {config.output}")

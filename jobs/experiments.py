@@ -123,13 +123,10 @@ class _Bars:
     def tell(self, what: str, done: int, total: int) -> None:
         from tqdm import tqdm
 
+        from pipeline.progress import pace
+
         if what not in self.open:
-            pace = (
-                {"mininterval": 0.2}
-                if sys.stderr.isatty()
-                else {"mininterval": 10.0, "maxinterval": 10.0, "ncols": 100}
-            )
-            self.open[what] = tqdm(desc=what, total=total, initial=done, unit=" cells", **pace)
+            self.open[what] = tqdm(desc=what, total=total, initial=done, unit=" cells", **pace())
         bar = self.open[what]
         bar.update(done - bar.n)
 

@@ -11,7 +11,8 @@ import os
 import sys
 
 # A script's own folder comes first on sys.path, where jobs/tokenize.py would hide Python's module of that name.
-sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+if __name__ == "__main__":
+    sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 import argparse
 import time

@@ -36,7 +36,7 @@ def main() -> int:
     from infra import cluster
     from infra.cluster import ClusterError
     from infra.tracking import TrackingError
-    from pipeline.pretraining import pretrain
+    from pipeline.pretraining import TrainingFailed, pretrain
     from pipeline.token_index import DataError
     from pipeline.training_checkpoints import CheckpointError
     from pipeline.training_data import PretrainError
@@ -47,7 +47,7 @@ def main() -> int:
 
             try:
                 metrics = pretrain(config)
-            except TrainingFailedError as error:
+            except (TrainingFailed, TrainingFailedError) as error:
                 print(f"pretrain: training failed: {error}", file=sys.stderr)
                 return 1
     except (DataError, CheckpointError, PretrainError, ClusterError, TrackingError) as error:

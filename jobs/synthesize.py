@@ -74,10 +74,11 @@ def say(config: SynthesizeConfig) -> int:
 
     from infra import storage
     from pipeline.bulk_synthesis import codec_of
+    from pipeline.progress import pace
     from pipeline.speaking_voices import read_voice
     from pipeline.speech_files import encode, ending
     from pipeline.speech_lines import Line
-    from pipeline.speech_stage import describe, provenance_of, synthesizer_of
+    from pipeline.speech_stage import SynthesisError, describe, provenance_of, synthesizer_of
     from pipeline.synthesis import read_model
 
     form, device = ending(config.out), config.device
@@ -87,8 +88,9 @@ def say(config: SynthesizeConfig) -> int:
     synthesizer = synthesizer_of(dataclasses.replace(config, device=device), files, codec_of(config, files))
     voice = read_voice(config.voice, synthesizer.card) if config.voice else None
     synthesizer.submit("text", Line(config.text, voice, config.seed))
+    check_writable(config.out)
     start, done = time.monotonic(), []
-    with tqdm(desc="sentences", total=synthesizer.pieces_left, **_pace()) as bar:
+    with tqdm(desc="sentences", total=synthesizer.pieces_left, **pace()) as bar:
         while not done:
             done = synthesizer.step()
             bar.update(bar.total - synthesizer.pieces_left - bar.n)
@@ -96,11 +98,35 @@ def say(config: SynthesizeConfig) -> int:
     report = describe(spoken)
     details = {"seed": config.seed, "report": report}
     provenance = provenance_of(synthesizer.card.fingerprint, voice, config.text, details)
-    storage.write_bytes(config.out, encode(spoken.samples, spoken.rate, provenance, form))
+    content = encode(spoken.samples, spoken.rate, provenance, form)
+    try:
+        storage.write_bytes(config.out, content)
+    except OSError as error:
+        raise SynthesisError(f"{config.out} cannot be written: {error}") from None
     took = time.monotonic() - start
     print(f"spoken    {config.out}: {spoken.seconds:.2f} s, {spoken.seconds / max(took, 1e-9):.2f} × real time")
     print(f"sentences {report['pieces']}, {report['attempts']} attempts, faults: {', '.join(spoken.faults) or 'none'}")
     return 3 if spoken.faults and config.max_reject_fraction < 1 else 0
+
+
+def check_writable(out: str) -> None:
+    """Raises SpeechFileError where nothing can be written at a local path: known before anything is said."""
+    import tempfile
+
+    from infra import storage
+    from pipeline.speech_files import SpeechFileError
+
+    if not storage.is_local(out):
+        return
+    path = storage.absolute(out)
+    folder = os.path.dirname(path)
+    try:
+        if os.path.isdir(path):
+            raise IsADirectoryError("it is a folder")
+        os.makedirs(folder, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise SpeechFileError(f"{out} cannot be written: {error}") from None
 
 
 def perform(config: SynthesizeConfig) -> int:
@@ -139,6 +165,7 @@ def work(bulk: Any, run: Any) -> dict[str, Any]:
 
     from infra import storage
     from pipeline import bulk_synthesis
+    from pipeline.progress import pace
 
     total, missing = bulk.survey.lines, bulk.lines(bulk.missing())
     print(
@@ -146,7 +173,7 @@ def work(bulk: Any, run: Any) -> dict[str, Any]:
         flush=True,
     )
     start, said, made, bad = time.monotonic(), 0, 0.0, 0
-    with tqdm(desc="synthesizing", unit=" lines", total=total, initial=total - missing, **_pace()) as bar:
+    with tqdm(desc="synthesizing", unit=" lines", total=total, initial=total - missing, **pace()) as bar:
 
         def on_rows(rows: list[dict[str, Any]]) -> None:
             nonlocal said, made, bad
@@ -179,11 +206,6 @@ def describe_summary(summary: dict[str, Any], output: str) -> str:
         *(f"          {count:,} {reason}" for reason, count in summary["rejects"].items()),
     ]
     return "\n".join(lines)
-
-
-def _pace() -> dict[str, Any]:
-    interactive = sys.stderr.isatty()
-    return {"mininterval": 0.2} if interactive else {"mininterval": 10.0, "maxinterval": 10.0, "ncols": 100}
 
 
 if __name__ == "__main__":

@@ -48,12 +48,16 @@ def main() -> int:
     from pipeline.asr_models import TranscriptionUnavailable
     from pipeline.manifests import ManifestError
     from pipeline.plan import PlanError
+    from pipeline.tokenization import TokenizeError
 
     try:
         with cluster.connect():
             if arguments.config == DEMO and not storage.exists(config.input):
                 make_demo_corpus(os.path.dirname(config.input))
             return tokenize(config, arguments.dry_run, arguments.retry_quarantined)
+    except TokenizeError as error:
+        print(f"tokenize: {error}", file=sys.stderr)
+        return 1
     except (
         *(CodecError, ManifestError, PlanError, TranscriptionUnavailable),
         *(cluster.ClusterError, tracking.TrackingError),
@@ -158,24 +162,29 @@ def work(plan: Any, config: TokenizeConfig, codec: Any, source: str) -> dict[str
             tokenization.run(plan, config, codec, on_progress)
         wall = time.monotonic() - start
         summary = finalize.finish(plan, config.output, codec)
-        run.log_metrics(
-            {
-                "total_hours": summary["hours"],
-                "total_samples": summary["samples"],
-                "total_bytes": summary["bytes"],
-                "reject_fraction": finalize.reject_fraction(summary),
-                "hours_an_hour": done["seconds"] / max(wall, 1e-9),
-                "wall_seconds": wall,
-                "decode_cpu_seconds": done["decode_took"],
-                "encode_seconds": done["encode_took"],
-                **{f"rejects/{reason}": count for reason, count in summary["rejects"].items()},
-            }
-        )
+        run.log_metrics(totals(summary, done, wall))
         run.log_input(name, summary["digest"], config.output, context="output")
         for file in finalize.report_files(config.output):
             run.log_artifact(storage.join(config.output, file), os.path.dirname(file) or None)
         print(f"tracked   {run.where}")
     return summary
+
+
+def totals(summary: dict[str, Any], done: Counter, wall: float) -> dict[str, float]:
+    """The numbers of the whole dataset, and of the `wall` seconds in which `done` was done."""
+    from pipeline import finalize
+
+    return {
+        "total_hours": summary["hours"],
+        "total_samples": summary["samples"],
+        "total_bytes": summary["bytes"],
+        "reject_fraction": finalize.reject_fraction(summary),
+        "hours_an_hour": done["seconds"] / max(wall, 1e-9),
+        "wall_seconds": wall,
+        "decode_cpu_seconds": done["decode_took"],
+        "encode_seconds": done["encode_took"],
+        **{f"rejects/{reason}": count for reason, count in summary["rejects"].items()},
+    }
 
 
 def make_demo_corpus(folder: str) -> None:

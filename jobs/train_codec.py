@@ -17,7 +17,7 @@ if __name__ == "__main__":
 import argparse
 
 from infra import config as configs
-from pipeline.codec_training import EXPORT, TrainCodecConfig, train
+from pipeline.codec_training import EXPORT, TrainCodecConfig, TrainingFailed, train
 
 
 def main() -> int:
@@ -44,6 +44,9 @@ def main() -> int:
                 except TrainingFailedError as error:
                     print(f"train_codec: training failed: {error}", file=sys.stderr)
                     return 1
+    except TrainingFailed as error:
+        print(f"train_codec: training failed: {error}", file=sys.stderr)
+        return 1
     except (CodecError, ManifestError, cluster.ClusterError, tracking.TrackingError) as error:
         print(f"train_codec: {error}", file=sys.stderr)
         return 2

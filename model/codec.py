@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from model.codec_config import ENCODEC_24KHZ, CodecConfig, CodecError, CodecIdentity
+from model.codec_config import CodecConfig, CodecError, CodecIdentity
 
 if TYPE_CHECKING:
     import torch
@@ -95,11 +95,6 @@ class Codec:
         return cls(read_config(config), weights, device, dtype, digest)
 
     @classmethod
-    def encodec_24khz(cls, state: dict[str, torch.Tensor], device: str = "cpu", dtype: str = "float32") -> Codec:
-        """EnCodec's published 24 kHz model from its own state dict (`torch.load(…, weights_only=True)`)."""
-        return cls(ENCODEC_24KHZ, weights_from_training(ENCODEC_24KHZ, state), device, dtype)
-
-    @classmethod
     def random(cls, config: CodecConfig, seed: int = 0, device: str = "cpu", dtype: str = "float32") -> Codec:
         """A codec that has learnt nothing, for tests and timing: its name says `random-for-tests`."""
         from model.codec_random import random_weights
@@ -123,6 +118,9 @@ class Codec:
 
         Returns:
             uint16 [codebooks, frames] each, with frames = ceil(samples / hop).
+
+        Raises:
+            CodecError: no waveforms, or another number of codebooks than the codec can give.
         """
         import torch
 
@@ -149,6 +147,9 @@ class Codec:
 
         Returns:
             float32 [frames · hop] each.
+
+        Raises:
+            CodecError: no codes of this codec, or not all with as many codebooks.
         """
         import torch
 

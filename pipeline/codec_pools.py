@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -75,7 +76,7 @@ def _waves(manifest: Manifest, rate: int, rejects: Counter[str], valid: bool) ->
     """Usable utterances of the corpus, to train on or to validate on. Raises CodecError: there are none."""
     taken = 0
     for number, wave in enumerate(_usable(manifest, rate, rejects)):
-        if (number % _VALID_EVERY == 0) == valid:
+        if wave is not None and (number % _VALID_EVERY == 0) == valid:
             yield wave
             taken += 1
         if valid and taken == _VALID_MOST:
@@ -88,8 +89,11 @@ def _waves(manifest: Manifest, rate: int, rejects: Counter[str], valid: bool) ->
         )
 
 
-def _usable(manifest: Manifest, rate: int, rejects: Counter[str]) -> Iterator[np.ndarray]:
-    """Utterances, but for those that are held out, as float32 [samples]; counts the others in `rejects` by reason."""
+def _usable(manifest: Manifest, rate: int, rejects: Counter[str]) -> Iterator[np.ndarray | None]:
+    """Utterances, but for those that are held out, as float32 [samples]; counts the others in `rejects` by reason.
+
+    None stands for one that the storage does not give: it may give it in another pass, and numbers must not change.
+    """
     from pipeline.audio import clean_audio
     from pipeline.utterances import Reject, Unusable
 
@@ -99,9 +103,13 @@ def _usable(manifest: Manifest, rate: int, rejects: Counter[str]) -> Iterator[np
             continue
         if row.extra.get("split") in _HELD_OUT:
             continue
+        read = partial(clean_audio, row.audio, row.start, row.duration, target_rate=rate, channel=row.channel)
         try:
-            wave = clean_audio(row.audio, row.start, row.duration, target_rate=rate, channel=row.channel)
+            wave = storage.patiently(read)
         except Unusable as unusable:
             rejects[unusable.reason] += 1
-        else:
-            yield wave
+            continue
+        except OSError:
+            rejects["storage-error"] += 1
+            wave = None
+        yield wave

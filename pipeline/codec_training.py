@@ -41,6 +41,10 @@ _MAX_SKIPPED = 20
 """Steps in a row without finite gradients after which a run stops."""
 
 
+class TrainingFailed(CodecError):
+    """Training that began and cannot go on: says why, and what to do."""
+
+
 @dataclass(frozen=True)
 class TrainCodecConfig(CorpusOptions):
     """From a corpus to a codec of EnCodec's architecture."""
@@ -145,7 +149,8 @@ def train(config: TrainCodecConfig) -> dict[str, float]:
     """Trains to the last step, from the checkpoint in `output` if there is one; returns the last log line's numbers.
 
     Raises:
-        CodecError: no usable speech, a checkpoint of another architecture or start, steps without finite gradients.
+        CodecError: no usable speech, a checkpoint of another architecture or start.
+        TrainingFailed: steps without finite gradients.
         ManifestError: the data cannot be read.
     """
     config = resolve(config)
@@ -179,7 +184,7 @@ def train(config: TrainCodecConfig) -> dict[str, float]:
         run_config=run,
     ).fit()
     if error := ray.get(desk.given_up.remote()):
-        raise CodecError(error)
+        raise error
     return {name: value for name, value in (result.metrics or {}).items() if isinstance(value, float)}
 
 
@@ -234,7 +239,7 @@ def _ray_worker(settings: dict[str, Any]) -> None:
         rank = ray.train.get_context().get_world_rank()
         metrics = train_worker(settings["config"], rank, settings["uri"], settings["start"])
     except CodecError as error:
-        ray.get(desk.give_up.remote(str(error)))
+        ray.get(desk.give_up.remote(error))
         raise
     ray.train.report(metrics)
 
@@ -292,7 +297,7 @@ def _loop(
             print(f"step {trainer.step_number} skipped: {error}", flush=True)
             trainer.step_number += 1
             if skipped == _MAX_SKIPPED:
-                raise CodecError(
+                raise TrainingFailed(
                     f"{skipped} steps in a row without finite gradients; lower the learning rate"
                 ) from None
         step, last = trainer.step_number, trainer.step_number == config.steps

@@ -16,9 +16,11 @@ import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from infra import storage
+from infra.ray_errors import lost_worker
 from model.checkpoint import CONFIG_FILE, ModelCard, read_card
 from model.lina_config import ModelError
 from pipeline.bulk_synthesis import codec_of
@@ -38,6 +40,9 @@ ATTEMPTS = 5
 ENCODINGS = 3
 """Workers that may die while they read a speaker's samples."""
 _BUSY_SECONDS = 2.0
+_STORAGE = "storage-error"
+_INCOMPLETE = "incomplete"
+"""In place of the digest of recordings of which the storage did not give all: equal to none."""
 
 OnResult = Callable[[dict[str, Any] | Reject, bool], None]
 """Told of each speaker: its note or its reject, and whether it was done before."""
@@ -141,7 +146,7 @@ class _Run:
 
     async def _one(self, speaker: Speaker, id: str) -> None:
         try:
-            if note := await asyncio.to_thread(self.batch.folder.known, speaker):
+            if note := await _stored(self.batch.folder.known, speaker):
                 self.on_result(note, True)
             else:
                 self.on_result(await self._enrolled(speaker, id), False)
@@ -151,8 +156,10 @@ class _Run:
     async def _enrolled(self, speaker: Speaker, id: str) -> dict[str, Any]:
         """Raises Unusable."""
         start = time.monotonic()
-        recordings = await asyncio.to_thread(self.batch.folder.recordings, speaker)
+        recordings = await _stored(self.batch.folder.recordings, speaker)
         samples, rejects = await self._encoded(speaker)
+        if any(reject.reason == _STORAGE for reject in rejects):
+            recordings = _INCOMPLETE  # the next batch makes the voice again, of what was not given to this one
         if not samples:
             reasons = ", ".join(f"{count} {reason}" for reason, count in Counter(r.reason for r in rejects).items())
             detail = f"none of {len(speaker.samples)} samples can be used ({reasons}); first: {rejects[0].detail}"
@@ -168,21 +175,18 @@ class _Run:
         if "error" in result:
             raise Unusable(result["error"]["reason"], result["error"]["detail"])
         row = result["row"] | {"rejected_samples": len(rejects), "wall_seconds": round(time.monotonic() - start, 3)}
-        write = self.batch.folder.write
-        return await asyncio.to_thread(write, speaker, result["voice"], row, rejects, recordings)
+        return await _stored(self.batch.folder.write, speaker, result["voice"], row, rejects, recordings)
 
     async def _encoded(self, speaker: Speaker) -> tuple[list[Any], list[Reject]]:
         """(samples, rejects). Raises Unusable where worker after worker died of them."""
-        from ray.exceptions import RayActorError
-
         for _ in range(ENCODINGS):
             if not self.encoders:
                 self._add_encoders(_tokenizers(self.batch.config))
             encoder = await self._free.get()
             try:
                 return await encoder.encode.remote(list(speaker.samples))
-            except RayActorError as error:
-                if error.actor_init_failed:
+            except lost_worker() as error:
+                if getattr(error, "actor_init_failed", False):
                     raise EnrollmentError(f"who reads samples does not start: {error}") from None
                 fault = str(error)
                 self.encoders.remove(encoder)
@@ -206,7 +210,7 @@ class _Run:
 
     def _opened(self) -> Any:
         stage = self.open_stage()
-        self.batch.folder.bind()
+        storage.patiently(self.batch.folder.bind)
         return stage
 
     async def _asked(self, request: dict[str, Any]) -> dict[str, Any]:
@@ -228,6 +232,14 @@ class _Run:
             if result.get("error", {}).get("reason") != "busy":
                 return result
             await asyncio.sleep(_BUSY_SECONDS)
+
+
+async def _stored(ask: Callable[..., Any], *args: Any) -> Any:
+    """What a function of the storage gives. Raises Unusable `storage-error` where that failed again and again."""
+    try:
+        return await asyncio.to_thread(storage.patiently, partial(ask, *args))
+    except OSError as error:
+        raise Unusable(_STORAGE, f"the storage failed three times: {error}") from None
 
 
 async def _some_done(pending: set[asyncio.Task]) -> set[asyncio.Task]:
@@ -270,7 +282,7 @@ def _config_of(folder: str) -> ModelFiles:
     """A model's files without its weights, which only tuners read."""
     try:
         return ModelFiles(folder, storage.read_bytes(storage.join(folder, CONFIG_FILE)), b"")
-    except (OSError, ValueError, ImportError) as error:
+    except storage.UNREADABLE as error:
         raise ModelError(
             f"{folder} is no model: {CONFIG_FILE} cannot be read ({error}); jobs/export.py makes a model's folder: "
             "name it with --model"

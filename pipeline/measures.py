@@ -63,10 +63,6 @@ def word_error_rate(errors: Sequence[WordErrors]) -> float:
     return sum(error.word_errors for error in errors) / sum(error.words for error in errors)
 
 
-def character_error_rate(errors: Sequence[WordErrors]) -> float:
-    return sum(error.character_errors for error in errors) / sum(error.characters for error in errors)
-
-
 def voice_print(samples: np.ndarray, rate: int) -> np.ndarray:
     """float32 [256] of length 1: who speaks in `samples`, float32 [time] (Resemblyzer, GE2E).
 

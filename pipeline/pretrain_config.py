@@ -96,7 +96,7 @@ class PretrainConfig:
         else:
             try:
                 base = json.loads(storage.read_text(self.model))
-            except (OSError, ValueError) as error:
+            except storage.UNREADABLE as error:
                 raise ModelError(
                     f"model {self.model} is neither a preset ({', '.join(PRESETS)}) nor a readable JSON file: {error}"
                 ) from None

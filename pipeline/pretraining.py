@@ -26,11 +26,16 @@ from pipeline.training_data import open_index, require_same, schedule_of
 from pipeline.training_start import PretrainError
 
 
+class TrainingFailed(PretrainError):
+    """Training that began and cannot go on: says why, and what to do."""
+
+
 def pretrain(config: PretrainConfig) -> dict[str, Any]:
     """Trains to the last step, or until SIGTERM; on the Ray that is connected. Returns the last step's numbers.
 
     Raises:
-        DataError, CheckpointError, PretrainError: refused before any worker starts.
+        DataError, CheckpointError, PretrainError: refused before any training.
+        TrainingFailed: workers met what would come again, however often they were started.
         ray.train.TrainingFailedError: workers failed more often than `max_failures`.
     """
     import ray
@@ -70,7 +75,7 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
             torch_config=TorchConfig(backend="nccl" if cuda else "gloo"),
         ).fit()
         if error := ray.get(desk.given_up.remote()):
-            raise PretrainError(error)
+            raise error
         return ray.get(desk.results.remote())
 
 
@@ -171,7 +176,9 @@ def _ray_worker(settings: dict[str, Any]) -> None:
         metrics = train(settings["config"], ray.train.torch.get_device(), settings["uri"], asked_to_stop)
     except Exception as error:
         if not _may_pass(error):
-            ray.get(desk.give_up.remote(f"{type(error).__name__}: {error}"))
+            refused = isinstance(error, CheckpointError)
+            told = error if refused else TrainingFailed(f"{type(error).__name__}: {error}")
+            ray.get(desk.give_up.remote(told))
         raise
     if context.get_world_rank() == 0:
         ray.get(desk.finish.remote(metrics))

@@ -17,16 +17,23 @@ if TYPE_CHECKING:
     from model.codec import Codec
 
 
-def codec_of(plan: Plan, source: str | None = None, weights: str | None = None) -> Codec:
+def codec_of(plan: Plan, source: str | None = None, weights: str | None = None, fetch: bool = True) -> Codec:
     """The codec that a dataset was made with, from where it was then or from `source`.
+
+    Args:
+        fetch: whether EnCodec's weights may be downloaded where they are not at hand.
 
     Raises:
         CodecError: it cannot be had, or is another one.
     """
     from model.codec_config import CodecError
-    from pipeline.codec_weights import resolve
+    from pipeline.codec_weights import published, resolve
 
-    codec = resolve(source or plan.codec_source, weights)
+    source = source or plan.codec_source
+    if fetch or source != "encodec_24khz":
+        codec = resolve(source, weights)
+    elif (codec := published(weights)) is None:
+        raise CodecError(f"EnCodec's weights are not at hand: {storage.cache_folder()} on this machine has none")
     changed = differences(plan.codec, codec.identity.to_dict(), "codec ")
     if changed:
         raise CodecError("the dataset was made with another codec; name that one with --codec: " + ", ".join(changed))

@@ -13,6 +13,7 @@ from infra import storage
 from pipeline.token_index import ShardFile, locked
 
 _LOCKS = 64
+_PART = ".part-"
 
 
 class DamagedShard(OSError):
@@ -49,10 +50,12 @@ class ShardCache:
 
     def _load(self, shard: ShardFile, path: str, start: int, stop: int) -> bytes | None:
         """Puts a shard into the folder, and gives the bytes asked for; None if somebody else has put it there."""
-        with locked(os.path.join(self.folder, f"lock-{int(shard.sha256[:8], 16) % _LOCKS:02d}")):
+        lock = _lock_of(shard.sha256)
+        with locked(os.path.join(self.folder, f"lock-{lock:02d}")):
             if os.path.exists(path):
                 return None
-            temporary = f"{path}.part-{uuid.uuid4().hex[:8]}"
+            self._remove_leftovers(lock)
+            temporary = f"{path}{_PART}{uuid.uuid4().hex[:8]}"
             try:
                 storage.download(shard.url, temporary)
                 size = os.path.getsize(temporary)
@@ -66,6 +69,13 @@ class ShardCache:
         self._evict(path)
         return data
 
+    def _remove_leftovers(self, lock: int) -> None:
+        """Takes away what killed processes left of the shards under a lock, which is held: nobody else writes them."""
+        with os.scandir(self.folder) as entries:
+            left = [entry.path for entry in entries if _PART in entry.name and _lock_of(entry.name) == lock]
+        for path in left:
+            os.unlink(path)
+
     def _evict(self, newest: str) -> None:
         """Removes what was not used for longest until the rest is within the limit."""
         with locked(os.path.join(self.folder, "lock-evict")):
@@ -78,3 +88,8 @@ class ShardCache:
                 if path != newest:
                     os.unlink(path)
                     total -= status.st_size
+
+
+def _lock_of(sha256: str) -> int:
+    """The number of the lock under which a shard is loaded; its files' names begin as its sha256 does."""
+    return int(sha256[:8], 16) % _LOCKS

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import re
 import tarfile
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -20,10 +21,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from infra import storage
-from pipeline.utterances import Reject
 
 CODES, META, PHONES = "codes.npy", "json", "phones.txt"
-_BLOCK = 512
+_HEADER = re.compile(
+    rb"\x93NUMPY\x01\x00.{2}\{'descr': '<u2', 'fortran_order': False, 'shape': \((\d+), (\d+)\), \} *\n", re.DOTALL
+)
 
 
 class Sample(NamedTuple):
@@ -131,11 +133,6 @@ def split_name(member: str) -> tuple[str, str]:
     return folder + slash + stem, suffix
 
 
-def reject_record(reject: Reject, key: str, source: dict[str, Any]) -> dict[str, Any]:
-    """A line of the quarantine."""
-    return {"key": key, **reject._asdict(), **source}
-
-
 def _members(sample: Sample) -> list[tuple[str, bytes]]:
     codes = io.BytesIO()
     np.lib.format.write_array(codes, np.ascontiguousarray(sample.codes, dtype="<u2"), version=(1, 0))
@@ -149,10 +146,25 @@ def _members(sample: Sample) -> list[tuple[str, bytes]]:
 def _sample(key: str, parts: dict[str, bytes]) -> Sample:
     if set(parts) != {CODES, META, PHONES}:
         raise ValueError(f"sample {key!r} has members {sorted(parts)}, expected {[CODES, META, PHONES]}")
-    codes = np.lib.format.read_array(io.BytesIO(parts[CODES]), allow_pickle=False)
+    codes = _codes(parts[CODES])
     if codes.dtype != np.uint16 or codes.ndim != 2:
         raise ValueError(f"sample {key!r}: codes are {codes.dtype} {codes.shape}, expected uint16 [K, T]")
     return Sample(key, codes, parts[PHONES].decode("utf-8").rstrip("\n"), json.loads(parts[META]))
+
+
+def _codes(content: bytes) -> np.ndarray:
+    """The array of a .npy file, [K, T] where it is one of ours.
+
+    Those are not read by numpy: it parses headers with `ast`, which in CPython 3.11 now and then fails where several
+    threads do so at once (python/cpython issue 106905), and a good sample would count as damaged.
+    """
+    if not (header := _HEADER.match(content)):
+        return np.lib.format.read_array(io.BytesIO(content), allow_pickle=False)
+    shape = tuple(map(int, header.groups()))
+    codes = np.frombuffer(content, "<u2", offset=header.end())
+    if codes.size != shape[0] * shape[1]:
+        raise ValueError(f"{codes.size} codes where the header says {shape}")
+    return codes.reshape(shape).astype(np.uint16)
 
 
 def _index_bytes(samples: list[Sample], spans: list[tuple[int, int]]) -> bytes:

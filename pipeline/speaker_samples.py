@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from infra import storage
 from pipeline.stages import DECODED, Decode, Encode, Job, Transcribe
 from pipeline.tokenize_config import TokenizeConfig
 from pipeline.utterances import Reject, Unusable, Utterance
@@ -91,11 +93,14 @@ class SampleEncoder:
         from pipeline.segmentation import cut, quietest_place, vad_spans
 
         config, url = self.config, sample.audio
-        if probe(url).seconds <= config.max_seconds:
+        if storage.patiently(partial(probe, url)).seconds <= config.max_seconds:
             return [sample]
-        segments = cut(
-            vad_spans(url), config.segment_seconds, config.max_seconds, config.max_silence, quietest_place(url)
-        )
+        spans, quietest = storage.patiently(partial(vad_spans, url)), quietest_place(url)
+
+        def place(earliest: float, latest: float) -> float:
+            return storage.patiently(partial(quietest, earliest, latest))
+
+        segments = cut(spans, config.segment_seconds, config.max_seconds, config.max_silence, place)
         if not segments:
             raise Unusable("no-speech", f"{url}: nothing that sounds like speech")
         return [sample._replace(start=segment.start, duration=segment.duration) for segment in segments]

@@ -14,6 +14,8 @@ from pipeline.speech_lines import Voice
 
 _LONGEST_CONSENT = 300
 """Bytes, as JSON, of the consent record that go into every file of speech; the voice's file has all of it."""
+_LASTING = (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError, ValueError, ImportError)
+"""What is no failure of the storage, and is the same when it is asked again."""
 
 
 def read_voice(url: str, card: ModelCard, name: str | None = None) -> Voice:
@@ -25,11 +27,19 @@ def read_voice(url: str, card: ModelCard, name: str | None = None) -> Voice:
         name: what it is called; None takes the speaker's name from the file.
 
     Raises:
-        VoiceError (a ModelError): no file, a damaged one, or a voice of another model.
+        VoiceError (a ModelError): no file that can be read, a damaged one, or a voice of another model.
     """
     try:
+        return stored_voice(url, card, name)
+    except OSError as error:
+        raise VoiceError(f"voice {url} cannot be read ({error})") from None
+
+
+def stored_voice(url: str, card: ModelCard, name: str | None = None) -> Voice:
+    """As `read_voice`; but raises OSError where the storage failed, which says nothing of the voice."""
+    try:
         content = storage.read_bytes(url)
-    except (OSError, ValueError, ImportError) as error:
+    except _LASTING as error:
         raise VoiceError(f"voice {url} cannot be read ({error})") from None
     try:
         file = unpack(content, card.sizes, card.fingerprint)

@@ -73,7 +73,7 @@ def encode(samples: np.ndarray, rate: int, provenance: Provenance, form: str = "
     container, content = FORMATS[form]
     file = io.BytesIO()
     with soundfile.SoundFile(file, "w", rate, 1, content, format=container) as target:
-        for name, value in _tags(provenance).items():
+        for name, value in tags(provenance).items():
             setattr(target, name, value)
         target.write(np.clip(samples, -1.0, 1.0))
     return file.getvalue()
@@ -95,7 +95,8 @@ def decode(content: bytes) -> tuple[np.ndarray, int, Provenance | None]:
         raise SpeechFileError(f"no audio file of {len(content)} bytes: {error}") from None
 
 
-def _tags(provenance: Provenance) -> dict[str, str]:
+def tags(provenance: Provenance) -> dict[str, str]:
+    """What a file says of itself, by the names that soundfile knows. Raises SpeechFileError for more than fits."""
     facts = {name: value for name, value in dataclasses.asdict(provenance).items() if name != "text"}
     comment = json.dumps({"lina-ray": facts}, ensure_ascii=False, separators=(",", ":"), sort_keys=True)
     if len(comment.encode()) > LONGEST_COMMENT:
@@ -103,19 +104,19 @@ def _tags(provenance: Provenance) -> dict[str, str]:
             f"provenance of {len(comment.encode())} bytes does not fit a file's {LONGEST_COMMENT}; shorten the "
             "consent reference or the voice's name"
         )
-    tags = {
+    found = {
         "title": _short(" ".join(provenance.text.split())),
         "artist": _short(provenance.voice),
         "comment": comment,
         "software": f"synthetic speech, lina-ray {_version()}",
     }
-    return {name: value for name, value in tags.items() if value}
+    return {name: value for name, value in found.items() if value}
 
 
-def _provenance(tags: dict[str, str]) -> Provenance | None:
+def _provenance(found: dict[str, str]) -> Provenance | None:
     try:
-        facts = json.loads(tags.get("comment", ""))["lina-ray"]
-        return Provenance(**facts, text=tags.get("title", ""))
+        facts = json.loads(found.get("comment", ""))["lina-ray"]
+        return Provenance(**facts, text=found.get("title", ""))
     except (ValueError, KeyError, TypeError):
         return None
 

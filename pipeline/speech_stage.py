@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 from infra import storage
@@ -18,7 +19,7 @@ from pipeline.keys import key_of
 from pipeline.scripts import Chunk, ScriptLine
 from pipeline.speakers import file_key
 from pipeline.speaking_prompts import read_prompt
-from pipeline.speaking_voices import read_voice
+from pipeline.speaking_voices import stored_voice
 from pipeline.speech_files import Provenance, SpeechFileError, decode, encode
 from pipeline.speech_lines import Line, Prompt, Spoken, Voice, derived
 from pipeline.synthesis import ModelFiles, Synthesizer
@@ -27,6 +28,7 @@ from pipeline.utterances import Unusable
 
 FOLDER = ".synthesis"
 """Of the output, for what became of each chunk; keys of lines have no dots, so no line's file is in it."""
+_log = logging.getLogger(__name__)
 
 
 class SynthesisError(RuntimeError):
@@ -88,47 +90,71 @@ class Speak:
         self.prompt = lru_cache(maxsize=256)(self._prompt)
 
     def __call__(self, table):
-        """`table` has a column chunk, of `scripts.Chunk` as JSON; gives a column rows, what became of its lines."""
+        """`table` has a column chunk, of `scripts.Chunk` as JSON; gives a column rows, what became of its lines: none
+        for a chunk that the storage kept from being done, which is missing then."""
         import pyarrow as pa
 
-        rows = [json.dumps(self._said(json.loads(chunk))) for chunk in table["chunk"].to_pylist()]
+        rows = []
+        for chunk in table["chunk"].to_pylist():
+            name, lines = json.loads(chunk)
+            try:
+                rows.append(json.dumps(self._said(Chunk(name, tuple(ScriptLine(*line) for line in lines)))))
+            except OSError as error:
+                _log.warning("chunk %s is not done, for the storage failed again and again: %s", name, error)
         return pa.table({"rows": pa.array(rows, pa.large_string())})
 
-    def _said(self, chunk: Any) -> list[dict[str, Any]]:
-        chunk = Chunk(chunk[0], tuple(ScriptLine(*line) for line in chunk[1]))
+    def _said(self, chunk: Chunk) -> list[dict[str, Any]]:
+        """What became of a chunk's lines, written. Raises OSError: the storage failed, and it is not written."""
         rows: dict[int, dict[str, Any]] = {}
-        for number, spoken in self.synthesizer.speak(self._lines(chunk, rows)):
-            rows[number] = self._written(chunk.lines[number], spoken)
+        faults: list[OSError] = []
+        # To its end even then: what is being said would be in the way of the next chunk.
+        for number, spoken in self.synthesizer.speak(self._lines(chunk, rows, faults)):
+            if not faults:
+                try:
+                    rows[number] = self._written(chunk.lines[number], spoken)
+                except OSError as error:
+                    faults.append(error)
+        if faults:
+            raise faults[0]
         ordered = [rows[number] for number in range(len(chunk.lines))]
-        json_lines.write(storage.join(self.work.config.output, FOLDER, f"{chunk.name}.jsonl"), ordered)
+        url = storage.join(self.work.config.output, FOLDER, f"{chunk.name}.jsonl")
+        storage.patiently(partial(json_lines.write, url, ordered))
         return ordered
 
-    def _lines(self, chunk: Chunk, rows: dict[int, dict[str, Any]]) -> Iterator[tuple[int, Line]]:
+    def _lines(
+        self, chunk: Chunk, rows: dict[int, dict[str, Any]], faults: list[OSError]
+    ) -> Iterator[tuple[int, Line]]:
         """What of a chunk is to be said, the longest texts first, so that no single one is left at the end; the rest
-        goes into `rows`."""
+        goes into `rows`. Ends with the first of `faults`, which the storage's go into."""
         for number in sorted(range(len(chunk.lines)), key=lambda n: -len(chunk.lines[n].text)):
+            if faults:
+                return
             line = chunk.lines[number]
             try:
                 voice, prompt = self._started(line)
+                known = self._kept(line, voice, prompt)
             except Unusable as error:
                 rows[number] = _reject(line, "prompt" if line.prompt else "voice", error.reason, error.detail)
                 continue
-            if known := self._kept(line, voice, prompt):
+            except OSError as error:
+                faults.append(error)
+                return
+            if known:
                 rows[number] = known
             else:
                 yield number, Line(line.text, voice, derived(self.work.config.seed, line.id), prompt)
 
     def _started(self, line: ScriptLine) -> tuple[Voice | None, Prompt | None]:
-        """What a line starts from. Raises Unusable."""
+        """What a line starts from. Raises Unusable, OSError."""
         voice = self.voice(line.voice) if line.voice else None
         return voice, self.prompt(*line[4:]) if line.prompt else None
 
     def _prompt(self, url: str, text: str, version: str) -> Prompt:
-        """Raises Unusable."""
+        """Raises Unusable, OSError."""
         return read_prompt(url, text, self.synthesizer)
 
     def _voice(self, name: str) -> Voice:
-        """Raises Unusable."""
+        """Raises Unusable, OSError."""
         if not self.work.config.voices:
             raise Unusable("no-voices", f"voice {name!r} is asked for, but no folder of voices was named by --voices")
         try:
@@ -136,23 +162,23 @@ class Speak:
             keys = dict.fromkeys((name, key_of(name), file_key(name)))
         except Unusable as error:
             raise Unusable("bad-voice", f"voice {error.detail}") from None
-        urls = (storage.join(self.work.config.voices, f"{key}.safetensors") for key in keys)
-        url = next((url for url in urls if storage.exists(url)), None)
+        urls = [storage.join(self.work.config.voices, f"{key}.safetensors") for key in keys]
+        url = storage.patiently(lambda: next(filter(storage.exists, urls), None))
         if url is None:
             files = " or ".join(f"{key}.safetensors" for key in keys)
             raise Unusable("unknown-voice", f"{self.work.config.voices} has no {files}")
         try:
-            return read_voice(url, self.synthesizer.card, name)
+            return storage.patiently(partial(stored_voice, url, self.synthesizer.card, name))
         except ModelError as error:
             raise Unusable("unusable-voice", str(error)) from None
 
     def _kept(self, line: ScriptLine, voice: Voice | None, prompt: Prompt | None) -> dict[str, Any] | None:
         """What is known of a line whose file is there and says that it was made for this request."""
-        url = self._url(line)
-        if not storage.exists(url):
+        content = storage.patiently(partial(_content, self._url(line)))
+        if content is None:
             return None
         try:
-            samples, rate, provenance = decode(storage.read_bytes(url))
+            samples, rate, provenance = decode(content)
         except SpeechFileError:
             return None
         details = provenance.details if provenance else {}
@@ -176,7 +202,7 @@ class Speak:
             content = encode(spoken.samples, spoken.rate, provenance, self.work.config.format)
         except SpeechFileError as error:
             return _reject(line, "write", "no-file", f"{error} (faults: {', '.join(spoken.faults) or 'none'})")
-        storage.write_bytes(self._url(line), content)
+        storage.patiently(partial(storage.write_bytes, self._url(line), content))
         return self._row(line, report) | {"took": round(spoken.took, 4)}
 
     def _url(self, line: ScriptLine) -> str:
@@ -191,6 +217,11 @@ class Speak:
         parts = (self.work.settings, line.id, line.text, line.voice, voice.digest if voice else "")
         parts += (prompt.digest,) if prompt else ()
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+
+
+def _content(url: str) -> bytes | None:
+    """A file's bytes; None where there is none."""
+    return storage.read_bytes(url) if storage.exists(url) else None
 
 
 def _reject(line: ScriptLine, stage: str, reason: str, detail: str) -> dict[str, Any]:

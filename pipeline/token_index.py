@@ -10,6 +10,7 @@ dataset's digest. A selection shares the arrays of the whole, so row numbers mea
 from __future__ import annotations
 
 import fcntl
+import glob
 import json
 import os
 import shutil
@@ -207,6 +208,8 @@ def _cached(shards: tuple[ShardFile, ...], folder: str) -> Merged:
     """The merged index from its cache, mapped into memory; one of several processes makes it, the others wait."""
     with locked(f"{folder}.lock"):
         if not os.path.isdir(folder):
+            for left in glob.glob(f"{glob.escape(folder)}.part-*"):  # by a killed process: we hold the lock
+                shutil.rmtree(left, ignore_errors=True)
             speakers, columns = _merge(shards)
             temporary = f"{folder}.part-{uuid.uuid4().hex[:8]}"
             os.makedirs(temporary)

@@ -39,6 +39,10 @@ NEVER_RETRIED = ("write/duplicate-audio",)
 _RECORDED_VERSIONS = ("encodec", "g2p-en", "numpy", "soundfile", "soxr", "torch")
 
 
+class TokenizeError(RuntimeError):
+    """A dataset that cannot be made: says why, and what to do."""
+
+
 def open_input(config: TokenizeConfig) -> Manifest:
     cutting = {name: getattr(config, name) for name in ("segment_seconds", "max_seconds", "max_silence")}
     return config.open_corpus(config.input, **cutting)
@@ -59,7 +63,11 @@ def resolve(config: TokenizeConfig) -> TokenizeConfig:
 
 
 def make_plan(
-    config: TokenizeConfig, codec: ResolvedCodec, manifest: Manifest, dry_run: bool = False, progress: Callable = print
+    config: TokenizeConfig,
+    codec: ResolvedCodec,
+    manifest: Manifest,
+    dry_run: bool = False,
+    progress: Callable[[int, float], None] = lambda rows, seconds: None,
 ) -> Plan:
     """The dataset's plan: the one on disk if it is that of this command, else a new one.
 
@@ -120,7 +128,7 @@ def run(
         on_progress: called with rows of `stages.PROGRESS` as they arrive.
 
     Raises:
-        RuntimeError: a shard did not appear in `ATTEMPTS` waves.
+        TokenizeError: a shard did not appear in `ATTEMPTS` waves.
     """
     import ray
 
@@ -133,7 +141,7 @@ def run(
         attempts.update({shard for shard, _ in wave})
         lost = [shard for shard, tries in attempts.items() if tries > ATTEMPTS]
         if lost:
-            raise RuntimeError(
+            raise TokenizeError(
                 f"shards {lost[:5]} were lost {ATTEMPTS} times over: nodes die faster than a shard takes; "
                 "set a smaller shard_megabytes, or look into the workers' logs"
             )

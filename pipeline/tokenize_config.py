@@ -62,6 +62,8 @@ class TokenizeConfig(CorpusOptions):
         for name in positive:
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be above 0, not {getattr(self, name)}")
+        if not self.max_silence >= 0:
+            raise ValueError(f"max_silence must be at least 0, not {self.max_silence}")
         if not self.min_seconds < self.max_seconds:
             raise ValueError(f"max_seconds ({self.max_seconds}) must be above min_seconds ({self.min_seconds})")
         if not self.segment_seconds <= self.max_seconds:

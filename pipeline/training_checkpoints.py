@@ -12,12 +12,12 @@ from __future__ import annotations
 import json
 import os
 import pickle
-import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -54,8 +54,10 @@ def name_of(step: int) -> str:
 
 def newest(run: str) -> Checkpoint | None:
     """The finished checkpoint of the highest step; damaged ones are named and passed over."""
-    for name in reversed(_names(run)):
+    for passed_over, name in enumerate(reversed(_names(run))):
         if found := opened(storage.join(run, FOLDER, name)):
+            if passed_over:
+                print(f"using an earlier checkpoint: {found.url}", file=sys.stderr)
             return found
     return None
 
@@ -68,7 +70,7 @@ def opened(url: str) -> Checkpoint | None:
     """
     found = _read(url)
     if isinstance(found, str):
-        print(f"checkpoint {url} {found}; using an earlier one", file=sys.stderr)
+        print(f"checkpoint {url} {found}", file=sys.stderr)
         return None
     return found
 
@@ -82,12 +84,11 @@ def save(engine: Engine, run: str, step: int, facts: dict[str, Any], keep: int) 
     if engine.rank == 0:
         storage.remove(url)  # what an interrupted one left
     dist.barrier()
-    parent = storage.join(run, FOLDER) if local else tempfile.mkdtemp(prefix="lina-checkpoint-")
-    engine.deepspeed.save_checkpoint(parent, tag=name_of(step), save_latest=False)
-    if not local:
-        for file in sorted(Path(parent, name_of(step)).iterdir()):
-            storage.upload(str(file), storage.join(url, file.name))
-        shutil.rmtree(parent)
+    with nullcontext(storage.join(run, FOLDER)) if local else _temporary() as parent:
+        engine.deepspeed.save_checkpoint(parent, tag=name_of(step), save_latest=False)
+        if not local:
+            for file in sorted(Path(parent, name_of(step)).iterdir()):
+                storage.patiently(partial(storage.upload, str(file), storage.join(url, file.name)))
     dist.barrier()
     if engine.rank == 0:
         noted = {"step": step, "world": engine.world, "stage": engine.stage, "usual": engine.optimiser.usual}
@@ -143,10 +144,14 @@ def local_copy(url: str) -> Iterator[Path]:
     if storage.is_local(url):
         yield Path(storage.absolute(url))
         return
-    with tempfile.TemporaryDirectory(prefix="lina-checkpoint-") as temporary:
+    with _temporary() as temporary:
         folder = Path(temporary, url.rstrip("/").rsplit("/", 1)[1])
         storage.download(url, str(folder))
         yield folder
+
+
+def _temporary() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix="lina-checkpoint-")
 
 
 def _universal(checkpoint: Checkpoint, stage: int) -> Checkpoint:

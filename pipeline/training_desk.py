@@ -9,7 +9,9 @@ class Desk:
     """Whether to stop, what no restart would mend, what came out."""
 
     def __init__(self) -> None:
-        self.asked, self.error, self.metrics = False, None, {}
+        self.asked, self.metrics = False, {}
+        self.error: Exception | None = None
+        """What the driver is to raise."""
 
     def ask(self) -> None:
         self.asked = True
@@ -17,10 +19,10 @@ class Desk:
     def was_asked(self) -> bool:
         return self.asked
 
-    def give_up(self, error: str) -> None:
+    def give_up(self, error: Exception) -> None:
         self.error = self.error or error
 
-    def given_up(self) -> str | None:
+    def given_up(self) -> Exception | None:
         return self.error
 
     def finish(self, metrics: dict[str, Any]) -> None:

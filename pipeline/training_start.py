@@ -5,7 +5,6 @@ from __future__ import annotations
 from infra import storage
 from model.checkpoint import CONFIG_FILE, ModelCard, read_card, unpack
 from model.lina import Lina
-from model.lina_config import ModelError
 from pipeline.phonemes import INVENTORY
 from pipeline.pretrain_config import PretrainConfig
 from pipeline.synthesis import read_model
@@ -28,7 +27,7 @@ def starting_card(config: PretrainConfig) -> ModelCard | None:
         return None
     try:
         card = read_card(storage.read_bytes(storage.join(config.start_from, CONFIG_FILE)))
-    except (OSError, ModelError) as error:
+    except storage.UNREADABLE as error:  # ModelError is a ValueError
         raise PretrainError(
             f"start_from {config.start_from} is no exported model ({error}); jobs/export.py makes one"
         ) from None

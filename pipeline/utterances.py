@@ -33,7 +33,8 @@ class Reject(NamedTuple):
 
     id: str
     stage: str
-    """`manifest`, `plan`, `segment`, `decode`, `transcribe`, `phonemise`, `encode` or `write`."""
+    """Of a corpus: `manifest`, `plan`, `segment`, `decode`, `transcribe`, `phonemise` or `write`; of people to enroll
+    `speakers` or `enroll`, too; of a script `script`, `voice` or `prompt`; of a set to evaluate on `set`."""
     reason: str
     """One kebab-case word from a small vocabulary, for counting: `missing-file`, `too-long`, `no-text`."""
     detail: str

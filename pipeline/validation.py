@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from infra.tracking import Run
+    from model.codec import Codec
     from pipeline.token_index import TokenIndex
     from pipeline.training_engine import Engine
 
@@ -81,18 +83,26 @@ def _say_some(config: PretrainConfig, model: Lina, held: MicroBatch, rate: int, 
 
 def _decoded(config: PretrainConfig, codes: list[np.ndarray]) -> list[np.ndarray] | None:
     """Waveforms, or None where the dataset's codec cannot be had here; codes that the model has not are left out."""
+    if (codec := _codec(config.data)) is None:
+        return None
+    return [codec.decode([c.astype(np.uint16)])[0] if c.shape[1] else np.zeros(1, np.float32) for c in codes]
+
+
+@cache
+def _codec(dataset: str) -> Codec | None:
+    """The codec of a dataset; None, and a line that says why, where it is not at hand. Looked for once a process, and
+    never on the internet: while the first worker waits, all others do."""
     from model.codec_config import CodecError
     from pipeline.plan import Plan, PlanError
     from pipeline.samples import codec_of
 
     try:
-        if (plan := Plan.load(config.data)) is None:
-            raise CodecError(f"{config.data} has no plan that says where its codec lies")
-        codec = codec_of(plan)
+        if (plan := Plan.load(dataset)) is None:
+            raise CodecError(f"{dataset} has no plan that says where its codec lies")
+        return codec_of(plan, fetch=False)
     except (CodecError, PlanError, OSError) as error:
         tell(f"nothing to hear: {error}")
         return None
-    return [codec.decode([c.astype(np.uint16)])[0] if c.shape[1] else np.zeros(1, np.float32) for c in codes]
 
 
 def _picture(title: str, speech: Speech, wave: np.ndarray | None, rate: int) -> Figure:

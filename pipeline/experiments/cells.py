@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from infra import storage
+from infra.ray_errors import lost_worker
 
 FOLDER = "cells"
 VERSION = 1
@@ -90,7 +91,7 @@ def run(
         ExperimentError: cells whose workers died again and again; also whatever `work` raises.
     """
     import ray
-    from ray.exceptions import RayTaskError, WorkerCrashedError
+    from ray.exceptions import RayTaskError
 
     todo, total = missing(folder, cells), len({cell.name for cell in cells})
     done = total - len(todo)
@@ -107,8 +108,8 @@ def run(
                 on_done(done, total)
         except RayTaskError as error:
             raise error.as_instanceof_cause() from None
-        except WorkerCrashedError as error:
-            raise ExperimentError(f"a cell's workers died four times: {error}") from None
+        except lost_worker() as error:
+            raise ExperimentError(f"a cell's workers died again and again: {error}") from None
         finally:
             for ref in waiting:
                 ray.cancel(ref)

@@ -19,10 +19,9 @@ from pipeline.manifests.errors import ManifestError
 from pipeline.manifests.lhotse_recordings import read_recordings
 from pipeline.utterances import Reject, Utterance
 
-__all__ = ["CORPORA", "KINDS", "Manifest", "ManifestError", "open_manifest"]
+__all__ = ["KINDS", "Manifest", "ManifestError", "open_manifest"]
 
 KINDS = ("auto", "jsonl", "csv", "tsv", "parquet", "lhotse", "libriheavy", "librilight")
-CORPORA = (*corpora.RECIPES, "librilight")
 
 _NAMES = {
     "jsonl": "JSON Lines manifest",
@@ -82,7 +81,7 @@ def open_manifest(
         input: path or fsspec URL of a manifest (lhotse: also `recordings.jsonl.gz,supervisions.jsonl.gz`), or of a
             folder: of such a pair or several, of Parquet files, or of recordings in LibriLight's layout.
         kind: one of `KINDS`; `auto` goes by the name and the first rows.
-        corpus: one of `CORPORA`, whose folder `input` is.
+        corpus: `librilight` or one of `corpora.RECIPES`, whose folder `input` is.
         audio_root: folder that relative audio paths belong to, by default the manifest's own; replaces the prefix
             `download/librilight` of Libriheavy's cuts.
         segment_seconds, max_seconds, max_silence: how recordings with known pauses are cut, in seconds.

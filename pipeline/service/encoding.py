@@ -14,7 +14,7 @@ import unicodedata
 
 import numpy as np
 
-from pipeline.speech_files import FORMATS, Provenance, SpeechFileError, encode
+from pipeline.speech_files import FORMATS, Provenance, SpeechFileError, encode, tags
 
 CONTAINERS = {**FORMATS, "mp3": ("MP3", "MPEG_LAYER_III")}
 """By the name of a format: libsndfile's name of it and of what is in it."""
@@ -54,7 +54,7 @@ class Encoder:
             self._target = soundfile.SoundFile(self._file, "w", rate, 1, content, format=container, **rates)
         except soundfile.SoundFileError as error:
             raise SpeechFileError(f"{form} does not take {rate} samples a second ({error}); use wav") from None
-        for name, value in _tags(provenance).items():
+        for name, value in tags(provenance).items():
             value = _ascii(value) if form == "mp3" else value
             setattr(self._target, name, value)
 
@@ -133,14 +133,6 @@ def _endless(content: bytes) -> bytes:
         size = struct.unpack_from("<I", content, data + 4)[0]
         data += 8 + size + size % 2
     return content[:4] + _UNKNOWN + content[8 : data + 4] + _UNKNOWN + content[data + 8 :]
-
-
-def _tags(provenance: Provenance) -> dict[str, str]:
-    """What `speech_files.encode` writes into a file, by the names that soundfile knows."""
-    import soundfile
-
-    with soundfile.SoundFile(io.BytesIO(encode(np.zeros(1, np.float32), 24_000, provenance, "wav"))) as source:
-        return source.copy_metadata()
 
 
 def _ascii(tag: str) -> str:

@@ -26,26 +26,37 @@ class ServiceError(RuntimeError):
 
 
 def run(config: ServeConfig) -> int:
-    """Serves until it is interrupted or terminated; returns the exit code.
+    """Serves until it is interrupted or terminated, also while it starts; returns the exit code.
 
     Raises:
         ServiceError, ConfigError, ModelError, CodecError, ClusterError: why it cannot be.
     """
-    _check(config)
+    try:
+        _check(config)
+        os.environ.update(PROXY_CALLBACK | {LARGEST_UPLOAD: str(config.upload_bytes)})
+        with cluster.connect():
+            # Ray's own handler would make an exit code of the signal's number
+            signal.signal(signal.SIGTERM, signal.default_int_handler)
+            with _serving(config):
+                _tell_and_wait(config)
+    except KeyboardInterrupt:
+        print("serve     stopped before it had started", flush=True)
+    return 0
+
+
+def _tell_and_wait(config: ServeConfig) -> None:
+    """Says what is served where, until SIGINT or SIGTERM."""
     stopped = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stopped.set())
-    os.environ.update(PROXY_CALLBACK | {LARGEST_UPLOAD: str(config.upload_bytes)})
-    with cluster.connect(), _serving(config):
-        host = f"[{config.host}]" if ":" in config.host else config.host
-        print(f"serve     http://{host}:{config.port}  (page: /, interface: /docs)")
-        if config.tokens is None:
-            print("tokens    none: whoever asks on this machine is served, nobody else (see --tokens)")
-        tenant = config.tenant if config.tokens is None else "TENANT"
-        print(f"voices    {config.voices}/{tenant} and {config.voices}/{SHARED}", flush=True)
-        stopped.wait()
-        print("serve     stopping", flush=True)
-    return 0
+    host = f"[{config.host}]" if ":" in config.host else config.host
+    print(f"serve     http://{host}:{config.port}  (page: /, interface: /docs)")
+    if config.tokens is None:
+        print("tokens    none: whoever asks on this machine is served, nobody else (see --tokens)")
+    tenant = config.tenant if config.tokens is None else "TENANT"
+    print(f"voices    {config.voices}/{tenant} and {config.voices}/{SHARED}", flush=True)
+    stopped.wait()
+    print("serve     stopping", flush=True)
 
 
 def _check(config: ServeConfig) -> None:

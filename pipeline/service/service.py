@@ -11,6 +11,7 @@ from typing import Annotated, Any
 from fastapi import Depends, Request
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
+from infra.ray_errors import lost_worker
 from pipeline.service import tenants
 from pipeline.service.config import ServiceConfig
 from pipeline.service.engine import Begun, Refused, SpeechRequest
@@ -159,11 +160,9 @@ def _checked(item: Any) -> Any:
 
 def _lost(error: Exception) -> bool:
     """Whether the engine is gone, or has stopped and will be replaced."""
-    from ray.exceptions import RayActorError
-
     from pipeline.service.engine import Stopped
 
-    return isinstance(error, RayActorError) or isinstance(getattr(error, "cause", None), Stopped)
+    return isinstance(error, lost_worker()) or isinstance(getattr(error, "cause", None), Stopped)
 
 
 def _as_refusal(error: BaseException) -> BaseException:

@@ -34,17 +34,15 @@ _FIELDS = ("id", "consent", "seed", *(f"consent_{part}" for part in CONSENT))
 
 
 def router(service: Service) -> APIRouter:
-    config, library = service.config, service.library
-    enrollments = Enrollments(config, library, service.reader)
+    answers = _Answers(service)
 
     @asynccontextmanager
     async def looking(_: Any) -> AsyncIterator[None]:
-        look = asyncio.create_task(enrollments.stage.look())
+        look = asyncio.create_task(answers.enrollments.stage.look())
         yield
         look.cancel()
 
     routes = APIRouter(prefix="/v1/voices", tags=["voices"], lifespan=looking)
-    reading = ThreadPoolExecutor(_AT_ONCE, "voices")
     Known, Counted = Annotated[Tenant, Depends(service.known)], Annotated[Tenant, Depends(service.counted)]
 
     @routes.get("")
@@ -52,15 +50,45 @@ def router(service: Service) -> APIRouter:
         tenant: Known, limit: Annotated[int, Query(ge=1, le=1000)] = 100, after: str = ""
     ) -> dict[str, Any]:
         """The voices that you may speak with, and those that are being made, in the order of their ids."""
+        return await answers.listed(tenant.name, limit, after)
+
+    @routes.post("", status_code=202, openapi_extra=_documented(service.config))
+    async def enroll(request: Request, tenant: Counted) -> JSONResponse:
+        """Makes a voice of recordings and what is said in them. Needs the speaker's consent."""
+        return await answers.enroll(request, tenant.name)
+
+    @routes.get("/{id:path}")
+    async def voice(id: str, tenant: Known) -> dict[str, Any]:
+        """A voice, or how far one is that is being made."""
+        return await answers.shown(tenant, id)
+
+    @routes.delete("/{id:path}")
+    async def delete(id: str, tenant: Known) -> dict[str, Any]:
+        """Takes a voice of yours away, or ends its making. From then on nobody speaks with it."""
+        await answers.delete(tenant, id)
+        return {"id": id, "object": "voice.deleted", "deleted": True}
+
+    return routes
+
+
+class _Answers:
+    """What the routes answer."""
+
+    def __init__(self, service: Service) -> None:
+        self.service, self.config, self.library = service, service.config, service.library
+        self.enrollments = Enrollments(service.config, service.library, service.reader)
+        self.reading = ThreadPoolExecutor(_AT_ONCE, "voices")
+
+    async def listed(self, tenant: str, limit: int, after: str) -> dict[str, Any]:
         entries, making = await asyncio.gather(
-            asyncio.to_thread(library.entries, tenant.name), asyncio.to_thread(enrollments.of, tenant.name)
+            asyncio.to_thread(self.library.entries, tenant), asyncio.to_thread(self.enrollments.of, tenant)
         )
         known = {entry.id: entry for entry in entries}
         waiting = {enrollment.id: enrollment for enrollment in making if enrollment.id not in known}
         ids = [id for id in sorted({*known, *waiting}) if id > after]
         default = {"id": DEFAULT, "object": "voice", "shared": True, "status": "ready"}
         chosen, loop = ids[:limit], asyncio.get_running_loop()
-        shown = [loop.run_in_executor(reading, _shown, known.get(id), waiting.get(id)) for id in chosen]
+        shown = [loop.run_in_executor(self.reading, self._described, known.get(id), waiting.get(id)) for id in chosen]
         described = [voice for voice in await asyncio.gather(*shown) if voice]
         return {
             "object": "list",
@@ -69,29 +97,26 @@ def router(service: Service) -> APIRouter:
             "has_more": len(ids) > limit,
         }
 
-    @routes.post("", status_code=202, openapi_extra=_documented(config))
-    async def enroll(request: Request, tenant: Counted) -> JSONResponse:
-        """Makes a voice of recordings and what is said in them. Needs the speaker's consent."""
+    async def enroll(self, request: Request, tenant: str) -> JSONResponse:
         try:
-            async with enrollments.place(tenant.name) as place:
-                return await _enrolled(request, tenant.name, place)
+            async with self.enrollments.place(tenant) as place:
+                return await self._enrolled(request, tenant, place)
         except NoStage as error:
             raise Refusal(503, error.code, f"Voices cannot be made here: {error}") from error
         except Full:
             raise busy(
-                f"{config.most_enrolling} of your voices are being made: wait for one of them",
+                f"{self.config.most_enrolling} of your voices are being made: wait for one of them",
                 "too_many_enrollments",
                 30,
             ) from None
 
-    async def _enrolled(request: Request, tenant: str, place: str) -> JSONResponse:
+    async def _enrolled(self, request: Request, tenant: str, place: str) -> JSONResponse:
+        enrollments, most = self.enrollments, self.config.most_samples
         await enrollments.stage.agree()
-        async with request.form(
-            max_files=config.most_samples, max_fields=config.most_samples + len(_FIELDS), max_part_size=1 << 14
-        ) as form:
+        async with request.form(max_files=most, max_fields=most + len(_FIELDS), max_part_size=1 << 14) as form:
             id, consent, seed = _told(form)
-            recordings = await _recordings(form, config)
-        entry = library.entry(tenant, id)
+            recordings = await _recordings(form, self.config)
+        entry = self.library.entry(tenant, id)
         async with enrollments.changing(tenant):
             if await asyncio.to_thread(_exists, entry):
                 raise Refusal(409, "voice_exists", f"You have a voice {id!r}: delete it first, or name another", "id")
@@ -101,45 +126,41 @@ def router(service: Service) -> APIRouter:
             enrollment = await enrollments.begin(place, entry, tenant, recordings, consent, seed)
         return JSONResponse(_of(enrollment), 202, headers={"Location": f"/v1/voices/{id}"})
 
-    @routes.get("/{id:path}")
-    async def voice(id: str, tenant: Known) -> dict[str, Any]:
-        """A voice, or how far one is that is being made."""
-        enrollment = await asyncio.to_thread(enrollments.find, tenant.name, id) if NAME.fullmatch(id) else None
-        if enrollment and not await asyncio.to_thread(_exists, library.entry(tenant.name, id)):
-            return _of(enrollment) | {"progress": await enrollments.progress(enrollment)}
-        shown = await asyncio.to_thread(_shown, await service.voice(tenant, id), None)
+    async def shown(self, tenant: Tenant, id: str) -> dict[str, Any]:
+        enrollment = await self._enrollment(tenant, id)
+        if enrollment and not await asyncio.to_thread(_exists, self.library.entry(tenant.name, id)):
+            return _of(enrollment) | {"progress": await self.enrollments.progress(enrollment)}
+        shown = await asyncio.to_thread(self._described, await self.service.voice(tenant, id), None)
         if shown is None:
             raise no_voice(id)
         return shown
 
-    @routes.delete("/{id:path}")
-    async def delete(id: str, tenant: Known) -> dict[str, Any]:
-        """Takes a voice of yours away, or ends its making. From then on nobody speaks with it."""
-        async with enrollments.changing(tenant.name):
-            enrollment = await asyncio.to_thread(enrollments.find, tenant.name, id) if NAME.fullmatch(id) else None
+    async def delete(self, tenant: Tenant, id: str) -> None:
+        async with self.enrollments.changing(tenant.name):
+            enrollment = await self._enrollment(tenant, id)
             if enrollment:
-                await enrollments.cancel(tenant.name, enrollment)
+                await self.enrollments.cancel(tenant.name, enrollment)
             try:
-                entry = await service.voice(tenant, id)
+                entry = await self.service.voice(tenant, id)
             except Refusal:
                 if not enrollment:
                     raise
             else:
                 if not entry.shared:
-                    await asyncio.to_thread(library.delete, entry)
+                    await asyncio.to_thread(self.library.delete, entry)
                 elif not enrollment:
                     what = f"Voice {id!r} is everybody's: only the operator deletes it"
                     raise Refusal(403, "shared_voice", what, "id")
-        return {"id": id, "object": "voice.deleted", "deleted": True}
 
-    def _shown(entry: Entry | None, enrollment: Enrollment | None) -> dict[str, Any] | None:
+    async def _enrollment(self, tenant: Tenant, id: str) -> Enrollment | None:
+        return await asyncio.to_thread(self.enrollments.find, tenant.name, id) if NAME.fullmatch(id) else None
+
+    def _described(self, entry: Entry | None, enrollment: Enrollment | None) -> dict[str, Any] | None:
         """None for a voice that was deleted meanwhile."""
         try:
-            return describe(library, entry) if entry else _of(enrollment)
+            return describe(self.library, entry) if entry else _of(enrollment)
         except UnknownVoice:
             return None
-
-    return routes
 
 
 def _exists(entry: Entry) -> bool:

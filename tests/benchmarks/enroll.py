@@ -7,7 +7,8 @@ of the weights be made, as the released code does. Two steps lead from there: we
 take the same batches from the same start, the paper's recipe, no dropout; losses are means over a batch's tokens.
 Ours runs for as many steps, first with nothing kept from step to step, and, evaluating every few, until each speaker
 has the held-out loss that (a) ends with. (a) is run for `--reference` speakers; the loss of the others is that of our
-run of equal steps, which gives the same states: the table shows by how much they differ. `× (a)` is what (a) would take
+run of equal steps, which gives the same states: the table shows by how much they differ. `--speakers 64 16 --equal 64`
+takes the losses of all from one such run. `× (a)` is what (a) would take
 for a row's speakers at its rate of model steps, by what they take.
 
 `--clock cpu` counts CPU seconds, which a busy machine distorts less (with `--threads 1`). Without `--allocator plain`
@@ -36,6 +37,7 @@ def main() -> None:
     parser.add_argument("--model", help="folder of a model; without one, random weights of the size `tiny`")
     parser.add_argument("--data", default="data/demo/tokens", help="dataset of jobs/tokenize.py with the model's codec")
     parser.add_argument("--speakers", type=int, nargs="+", default=[1, 4, 16, 64])
+    parser.add_argument("--equal", type=int, nargs="*", help="of these, those with a row of equal steps; default: all")
     parser.add_argument("--reference", type=int, default=1, help="speakers that (a) and the steps from it are run for")
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--samples", type=int, default=0, help="of a speaker at most; 0 for all")
@@ -102,12 +104,14 @@ class Benchmark:
         same = {voice.speaker: voice.factors for voice in voices}
         self.row(f"(b) {few} together, nothing kept", meter, few, difference(same, plain), tuner)
         for count in options.speakers:
-            with Meter(options) as meter:
-                tuner, voices = self.tuned(count, evaluate=False)
-            same = {voice.speaker: voice.factors for voice in voices}
-            self.row(f"(b) {count} together, equal steps", meter, count, difference(same, plain), tuner)
-            for name, factors in same.items():
-                targets.setdefault(name, held_out_loss(self.model, factors, self.speakers[name][2]))
+            known = targets.keys() >= set(list(self.speakers)[:count])
+            if not known or options.equal is None or count in options.equal:
+                with Meter(options) as meter:
+                    tuner, voices = self.tuned(count, evaluate=False)
+                same = {voice.speaker: voice.factors for voice in voices}
+                self.row(f"(b) {count} together, equal steps", meter, count, difference(same, plain), tuner)
+                for name, factors in same.items():
+                    targets.setdefault(name, held_out_loss(self.model, factors, self.speakers[name][2]))
             with Meter(options) as meter:
                 tuner, voices = self.tuned(count, evaluate=True, targets=targets)
             steps = sum(voice.steps for voice in voices) / count

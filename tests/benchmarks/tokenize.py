@@ -71,7 +71,7 @@ def whole_job(manifest: str, seconds: float, folder: str) -> np.ndarray:
             TokenizeConfig(input=str(part), output=f"{folder}/tokens", codec=f"{folder}/codec", device="cpu")
         )
         codec = codec_weights.resolve(config.codec)
-        plan = tokenization.make_plan(config, codec, tokenization.open_input(config), progress=lambda *_: None)
+        plan = tokenization.make_plan(config, codec, tokenization.open_input(config))
         start = time.perf_counter()
         arrivals: list[tuple[float, float]] = []
 

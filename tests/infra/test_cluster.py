@@ -141,6 +141,17 @@ def test_stop_clears_up_after_a_killed_head(beside: cluster.Cluster) -> None:
     assert beside.processes() == [] and not Path(beside.temporary).exists()
 
 
+def test_a_head_whose_dashboard_does_not_answer_is_told_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    dashboard = f"http://127.0.0.1:{free_port()}"
+    alone = cluster.Cluster("mark", 123, dashboard, "127.0.0.1:1", "/tmp/lina-ray-x", str(tmp_path))
+    monkeypatch.setattr(cluster, "find", lambda folder: alone)
+    monkeypatch.setattr(sys, "argv", ["cluster", "status", "--folder", str(tmp_path)])
+    assert cluster.main() == 1
+    assert f"lives (pid 123), but its dashboard {dashboard} does not answer" in capsys.readouterr().err
+
+
 def test_token_mode_without_a_token_says_how_to_get_one(tmp_path: Path) -> None:
     # A process of its own: Ray reads the mode once, and a driver that wants tokens refuses what its own GCS says.
     words = ["start", "--folder", str(tmp_path), "--dashboard-port", str(free_port())]

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from infra.config import ConfigError, add_arguments, as_dict, from_arguments, load, option
+from infra.config import ConfigError, add_arguments, from_arguments, load, option
 
 
 @dataclass(frozen=True)
@@ -111,11 +111,11 @@ def test_help_shows_every_field_its_kind_and_its_default(capsys: pytest.CaptureF
 )
 def test_the_command_line_can_say_whatever_a_file_can(settings: Settings) -> None:
     words = []
-    for name, value in as_dict(settings).items():
+    for name, value in asdict(settings).items():
         if name == "fast":
             words.append("--fast" if value else "--no-fast")
         else:
             shown = ",".join(map(str, value)) if isinstance(value, tuple) else str(value).replace("None", "none")
             words.append(f"--{name}={shown}" if name != "name" else f"--name={value}")
     assert parsed(*words) == settings
-    assert load(Settings, overrides=as_dict(settings)) == settings
+    assert load(Settings, overrides=asdict(settings)) == settings

@@ -52,6 +52,35 @@ def test_a_listing_sees_what_another_process_wrote(base: str) -> None:
     assert storage.names(base) == ["first", "second"]
 
 
+def test_a_listing_hides_nothing_that_others_do_afterwards(bucket: str, tmp_path: Path) -> None:
+    import boto3
+
+    base, others = f"{bucket}/{tmp_path.name}", boto3.client("s3")
+    there = {"Bucket": bucket.removeprefix("s3://"), "Key": f"{tmp_path.name}/there"}
+    new, there_url = there | {"Key": f"{tmp_path.name}/new"}, storage.join(base, "there")
+    storage.write_bytes(there_url, b"1")
+    before = storage.version(there_url)
+    assert storage.names(base) == ["there"]
+    others.put_object(**new, Body=b"2")
+    others.put_object(**there, Body=b"other")
+    assert storage.exists(storage.join(base, "new"))
+    storage.names(base)
+    others.put_object(**there, Body=b"longer")
+    assert storage.version(there_url)[0] == "6" != before[0]
+    storage.names(base)
+    others.delete_object(**there)
+    assert not storage.exists(there_url)
+    storage.names(base)
+    others.put_object(**there, Body=b"again")
+    storage.remove(there_url)
+    assert storage.names(base) == ["new"]
+
+
+def test_nothing_is_told_of_what_cannot_be_asked(tmp_path: Path) -> None:
+    for url in (str(tmp_path / "none"), "nowhere://bucket/a", "oss://bucket/a"):
+        assert storage.version(url) == []
+
+
 def test_upload_brings_a_file_whole(base: str, tmp_path: Path) -> None:
     content = os.urandom(3 << 20)
     (tmp_path / "local").write_bytes(content)

@@ -42,4 +42,4 @@ def submit(checkout):
         return subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True, timeout=240)
 
     yield typed
-    cluster.stop(checkout)
+    cluster.stop(checkout, patience=2.0)  # its jobs are done: there is nothing to save

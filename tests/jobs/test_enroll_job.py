@@ -1,5 +1,6 @@
 """Enrolling as a user types it: many speakers while workers are killed, again for what is missing, and its report."""
 
+import asyncio
 import csv
 import hashlib
 import json
@@ -8,18 +9,24 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
 import soundfile
 
+from infra import storage
 from infra.tracking import known_run
 from jobs.enroll import enroll
 from model.checkpoint import read_card
 from model.voice_file import unpack
+from pipeline import enrollment
 from pipeline.enroll_config import EnrollConfig
 from pipeline.plan import PlanError
+from pipeline.speakers import Speaker
+from pipeline.utterances import Reject
 from tests.pipeline.speaking_model import write_speaker
 from tests.pipeline.speech_samples import CONSENT, request_of, write_speakers
 
@@ -62,6 +69,105 @@ def undisturbed(service, corpus, tmp_path_factory):
     output = tmp_path_factory.mktemp("quiet") / "voices"
     assert enroll(config(corpus, output)) == 0
     return output
+
+
+class Shaky:
+    """A folder of voices on a storage that fails, so many times for a speaker and what is asked of its files."""
+
+    def __init__(self) -> None:
+        self.faults: Counter[tuple[str, str]] = Counter()
+        self.notes: dict[str, dict] = {}
+
+    def _ask(self, speaker: Speaker, what: str) -> None:
+        if self.faults[speaker.name, what]:
+            self.faults[speaker.name, what] -= 1
+            raise OSError("slow down")
+
+    def known(self, speaker: Speaker) -> dict | None:
+        self._ask(speaker, "known")
+        note = self.notes.get(speaker.name)
+        return note if note and note["recordings"] == self.recordings(speaker) else None
+
+    def recordings(self, speaker: Speaker) -> str:
+        self._ask(speaker, "recordings")
+        return f"recordings of {speaker.name}"
+
+    def source(self, speaker: Speaker) -> str:
+        return ""
+
+    def write(self, speaker: Speaker, voice: bytes, row: dict, rejects: list[Reject], recordings: str) -> dict:
+        self._ask(speaker, "write")
+        self.notes[speaker.name] = {"row": row, "recordings": recordings}
+        return self.notes[speaker.name]
+
+
+class Pass(enrollment._Run):
+    """A pass over some speakers without workers and without a stage."""
+
+    def __init__(self, folder: Shaky, names: str, unread: str = "") -> None:
+        self.told: dict[str, str] = {}
+        people = [Speaker(name, name, (), CONSENT, "") for name in names.split()]
+        batch = SimpleNamespace(folder=folder, speakers=lambda: iter(people), config=None, codec=None)
+        super().__init__(batch, None, None, self._tell)
+        self.unread = unread
+
+    def _tell(self, result: dict | Reject, known: bool) -> None:
+        rejected = isinstance(result, Reject)
+        self.told[result.id if rejected else result["row"]["speaker"]] = (
+            result.reason if rejected else "known" if known else "made"
+        )
+
+    async def _encoded(self, speaker: Speaker) -> tuple[list, list[Reject]]:
+        unread = [Reject(speaker.name, "decode", "storage-error", "slow down")] if speaker.name == self.unread else []
+        return [SimpleNamespace(to_request=dict)], unread
+
+    async def _asked(self, request: dict) -> dict:
+        return {"voice": b"", "row": {"speaker": request["speaker"]}}
+
+    def results(self) -> dict[str, str]:
+        asyncio.run(self.all(10))
+        return self.told
+
+
+def test_a_storage_that_fails_costs_one_speaker_and_only_this_time(monkeypatch):
+    monkeypatch.setattr(storage, "_PAUSES", (0.0, 0.0))
+    folder, names = Shaky(), "ann ben cyd dan eve"
+    folder.faults.update({("ann", "known"): 3, ("ben", "recordings"): 3, ("cyd", "write"): 3, ("dan", "write"): 2})
+    first = Pass(folder, names).results()
+    assert first == dict.fromkeys(["ann", "ben", "cyd"], "storage-error") | {"dan": "made", "eve": "made"}
+    assert Pass(folder, names).results() == {name: "known" if name in ("dan", "eve") else "made" for name in first}
+
+
+def test_a_voice_that_lacks_what_the_storage_did_not_give_is_made_again():
+    folder = Shaky()
+    assert Pass(folder, "ann ben", unread="ann").results() == {"ann": "made", "ben": "made"}
+    assert Pass(folder, "ann ben").results() == {"ann": "made", "ben": "known"}
+    assert Pass(folder, "ann ben").results() == {"ann": "known", "ben": "known"}
+
+
+@pytest.mark.parametrize("gone", ["NodeDiedError", "OutOfMemoryError", "ActorUnavailableError"])
+def test_whoever_reads_samples_is_replaced_whatever_killed_it(monkeypatch, gone):
+    from ray import exceptions
+
+    killed = getattr(exceptions, gone)("killed", *([None] if gone == "ActorUnavailableError" else []))
+    answers, made = iter([killed, ("samples", "rejects")]), []
+
+    class Encoder:
+        def __init__(self) -> None:
+            self.encode = self
+
+        async def remote(self, samples: list) -> tuple[str, str]:
+            answer = next(answers)
+            if isinstance(answer, Exception):
+                raise answer
+            return answer
+
+    monkeypatch.setattr(enrollment, "_tokenizers", lambda config: 1)
+    monkeypatch.setattr(enrollment, "_encoder", lambda batch, shipped: made.append(Encoder()) or made[-1])
+    one = Pass(Shaky(), "")
+    speaker = Speaker("ann", "ann", (), CONSENT, "")
+    assert asyncio.run(enrollment._Run._encoded(one, speaker)) == ("samples", "rejects")
+    assert one.encoders == made[1:] and len(made) == 2 and one._free.qsize() == 1
 
 
 def kill_as_voices_come(output: Path, victims: dict[str, int], killed: list[str]) -> None:

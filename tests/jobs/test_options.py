@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import runpy
+import sys
 from pathlib import Path
 
 import pytest
@@ -38,3 +40,11 @@ def test_none_turns_tracking_off(kind: type, in_file: bool, tmp_path: Path) -> N
     parser = argparse.ArgumentParser()
     add_arguments(parser, kind)
     assert from_arguments(kind, parser.parse_args(words)).tracking == "none"
+
+
+@pytest.mark.parametrize("job", sorted(Path(__file__).parents[2].glob("jobs/*.py")), ids=lambda job: job.stem)
+def test_importing_a_job_leaves_the_path_alone(monkeypatch: pytest.MonkeyPatch, job: Path) -> None:
+    before = ["the caller's", *sys.path]
+    monkeypatch.setattr(sys, "path", list(before))
+    runpy.run_path(str(job))
+    assert sys.path == before

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -14,10 +15,19 @@ import urllib.request
 import psutil
 import pytest
 
+from pipeline.service.config import ServeConfig
 from tests.pipeline.speaking_model import write_speaker
 
 
-def test_it_serves_until_it_is_interrupted_and_leaves_nothing(project, tmp_path):
+@pytest.mark.parametrize(
+    "end",
+    [
+        lambda pid: os.killpg(pid, signal.SIGINT),  # what a terminal does on Ctrl-C
+        lambda pid: os.kill(pid, signal.SIGTERM),
+    ],
+    ids=["SIGINT", "SIGTERM"],
+)
+def test_it_serves_until_it_is_interrupted_and_leaves_nothing(project, tmp_path, end):
     model, codec = write_speaker(tmp_path, ends=1.5)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -42,7 +52,7 @@ def test_it_serves_until_it_is_interrupted_and_leaves_nothing(project, tmp_path)
         assert urllib.request.urlopen(request).read()[:4] == b"RIFF"
         members = [process for process in psutil.Process(started.pid).children(recursive=True)]
         assert any("ServeReplica" in " ".join(process.cmdline()) for process in members)
-        os.killpg(started.pid, signal.SIGINT)  # what a terminal does on Ctrl-C
+        end(started.pid)
         rest = started.stdout.read()
         assert started.wait() == 0 and "stopping" in rest, rest[-2000:]
         _, alive = psutil.wait_procs(members, timeout=30)
@@ -51,6 +61,33 @@ def test_it_serves_until_it_is_interrupted_and_leaves_nothing(project, tmp_path)
         watchdog.cancel()
         if started.poll() is None:
             os.killpg(started.pid, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_it_can_be_stopped_while_it_starts(monkeypatch, capsys, number):
+    from pipeline.service import running
+
+    @contextlib.contextmanager
+    def connected():
+        signal.signal(signal.SIGTERM, lambda number, _: sys.exit(number))  # as ray.init does
+        yield
+
+    @contextlib.contextmanager
+    def waiting(_):
+        signal.raise_signal(number)
+        pytest.fail("it goes on starting")
+        yield
+
+    monkeypatch.setattr(running, "_check", lambda _: None)
+    monkeypatch.setattr(running.cluster, "connect", connected)
+    monkeypatch.setattr(running, "_serving", waiting)
+    handlers = {known: signal.getsignal(known) for known in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        assert running.run(ServeConfig()) == 0
+    finally:
+        for known, handler in handlers.items():
+            signal.signal(known, handler)
+    assert "stopped before it had started" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

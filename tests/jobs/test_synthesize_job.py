@@ -61,6 +61,7 @@ def test_a_text_becomes_a_file_that_says_what_it_is(project, speaker, tmp_path):
     ("words", "reason"),
     [
         (["--text", "Hello.", "--out", "x.mp3"], "x.mp3: speech is written as .wav, .flac, .opus"),
+        (["--text", "Hello.", "--out", "/dev/null/x.wav"], "/dev/null/x.wav cannot be written"),
         (["--text", "🎉"], "not-speakable"),
         (["--text", "Hello.", "--codec", "demo"], "belongs to another codec"),
         (["--text", "Hello.", "--temperature", "-1"], "temperature must be"),

@@ -113,6 +113,7 @@ def test_verify_writes_what_there_is_to_hear_and_fails_on_damage(checkout, submi
         (["--device", "tpu"], "device must be one of auto, cpu, cuda"),
         (["--min-seconds", "9", "--max-seconds", "3"], "max_seconds"),
         (["--corpus", "ljspeech"], "root is missing"),
+        (["--max-silence", "-0.1"], "max_silence must be at least 0"),
     ],
 )
 def test_a_wrong_command_is_refused_before_ray_starts(checkout, words, told):

@@ -12,9 +12,11 @@ import pytest
 import soundfile
 import torch
 
+from infra import storage
 from model.codec import Codec
 from model.codec_config import CodecError
-from pipeline import codec_training, codec_weights
+from pipeline import audio, codec_training, codec_weights
+from pipeline.codec_pools import make_pools
 from pipeline.codec_training import TrainCodecConfig, train
 from pipeline.speech_pool import Augmentation, SpeechPool
 
@@ -62,6 +64,41 @@ def test_cut_off_and_resumed_ends_in_the_same_weights(corpus: Path, tmp_path: Pa
     whole, cut = (Codec.load(tmp_path / name / "export") for name in ("whole", "cut"))
     assert whole.digest == cut.digest
     assert whole.encode([np.zeros(4000, np.float32)])[0].shape == (2, 50)
+
+
+def test_a_storage_that_fails_costs_only_what_it_never_gives(corpus: Path, tmp_path: Path, monkeypatch) -> None:
+    read, failed = audio.clean_audio, set()
+
+    def shaky(url: str, *more, **named) -> np.ndarray:
+        if url.endswith("1.wav") or url not in failed:
+            failed.add(url)
+            raise OSError("the storage has a bad moment")
+        return read(url, *more, **named)
+
+    monkeypatch.setattr(audio, "clean_audio", shaky)
+    monkeypatch.setattr(storage, "_PAUSES", (0.0, 0.0))
+    make_pools(settings(corpus, tmp_path))
+    facts = json.loads((tmp_path / "data.json").read_text())
+    assert facts["rejects"] == {"missing-file": 1, "storage-error": 1}
+    assert (facts["utterances"], facts["valid_utterances"]) == (3, 1)  # one is held out
+
+
+def test_what_a_pass_did_not_get_changes_nothing_for_the_others(corpus: Path, tmp_path: Path, monkeypatch) -> None:
+    """The first to be read is validated on, whether or not the pass over those to train on could read it."""
+    read, asked = audio.clean_audio, []
+
+    def shaky(url: str, *more, **named) -> np.ndarray:
+        asked.append(url)
+        if url.endswith("0.wav") and asked.count(url) <= 3:
+            raise OSError("the storage has a bad moment")
+        return read(url, *more, **named)
+
+    make_pools(settings(corpus, tmp_path / "quiet"))
+    monkeypatch.setattr(audio, "clean_audio", shaky)
+    monkeypatch.setattr(storage, "_PAUSES", (0.0, 0.0))
+    make_pools(settings(corpus, tmp_path / "shaky"))
+    quiet, other = (json.loads((tmp_path / name / "data.json").read_text()) for name in ("quiet", "shaky"))
+    assert other["digest"] == quiet["digest"] and other["rejects"]["storage-error"] == 1
 
 
 def test_codebooks_can_start_without_a_step(corpus: Path, tmp_path: Path) -> None:

@@ -1,8 +1,12 @@
-"""The enrollment stage on Ray Serve, where a tuner's thread fails: its process ends, and another one goes on."""
+"""The enrollment stage on Ray Serve: how many tuners there are for how many requests, and what one costs that fails."""
 
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-import pytest
+import psutil
 
 from pipeline import enrollment_stage
 from pipeline.enroll_config import StageConfig
@@ -28,16 +32,42 @@ class Faulty(enrollment_stage.VoiceTuner):
         tuners.step = steps
 
 
-@pytest.fixture
-def stage(local_ray, tmp_path, monkeypatch):
+@contextmanager
+def stage(folder: Path, **changes) -> Iterator[Any]:
+    """A handle of a stage named `tested` with a small model."""
     from ray import serve
 
-    monkeypatch.setattr(enrollment_stage, "VoiceTuner", Faulty)
-    settings = {"steps": 2, "eval_every": 2, "batch": 2, "device": "cpu", "max_replicas": 1, "slots": 3}
-    config = StageConfig(model=write_speaker(tmp_path)[0], owner=str(tmp_path / "broken"), **settings)
+    settings = {"steps": 2, "eval_every": 2, "batch": 2, "device": "cpu"} | changes
+    config = StageConfig(model=write_speaker(folder)[0], **settings)
     serve.start(proxy_location="Disabled", logging_config={"log_level": "ERROR"})
-    yield serve.run(enrollment_stage.build(config), name="faulty", route_prefix=None)
-    serve.shutdown()
+    try:
+        yield serve.run(enrollment_stage.build(config), name="tested", route_prefix=None)
+    finally:
+        serve.shutdown()
+
+
+def tuners() -> int:
+    from ray import serve
+
+    states = serve.status().applications["tested"].deployments[enrollment_stage.TUNER].replica_states
+    return states.get("RUNNING", 0)
+
+
+def wait_until(holds: Callable[[], bool], seconds: float = 100.0) -> None:
+    ends = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < ends, "it did not come"
+        time.sleep(0.1)
+
+
+def desk_memory() -> int:
+    """Bytes of the desk's process that it shares with nobody."""
+    (desk,) = [
+        process
+        for process in psutil.Process().children(recursive=True)
+        if "ServeReplica:tested:EnrollmentStage" in " ".join(process.cmdline())
+    ]
+    return desk.memory_full_info().uss
 
 
 def test_how_many_tuners_there_can_be_is_told(local_ray, tmp_path, capsys):
@@ -49,10 +79,33 @@ def test_how_many_tuners_there_can_be_is_told(local_ray, tmp_path, capsys):
     assert not capsys.readouterr().out
 
 
-def test_a_tuner_that_fails_costs_nobody_else_its_voice(stage):
-    asked = [stage.enroll.remote(request_of(speaker)) for speaker in range(1, 5)]
-    results = [answer.result(timeout_s=200) for answer in asked]
+def test_a_tuner_that_fails_costs_nobody_else_its_voice(local_ray, tmp_path, monkeypatch):
+    monkeypatch.setattr(enrollment_stage, "VoiceTuner", Faulty)
+    with stage(tmp_path, owner=str(tmp_path / "broken"), max_replicas=1, slots=3) as handle:
+        asked = [handle.enroll.remote(request_of(speaker)) for speaker in range(1, 5)]
+        results = [answer.result(timeout_s=200) for answer in asked]
+        attempts = handle.progress.remote("r1").result()["attempts"]
     assert ["voice" in result for result in results] == [True, True, False, True]
     error = results[2]["error"]
     assert error["reason"] == "lost" and "4 times" in error["detail"] and "Died" in error["detail"]
-    assert stage.progress.remote("r1").result()["attempts"] > 1
+    assert attempts > 1
+
+
+def test_a_thousand_requests_bring_tuners_lose_nobody_and_leave_nothing(local_ray, tmp_path):
+    scaling = {"max_replicas": 2, "slots": 4, "upscale_delay": 1.0, "downscale_delay": 2.0}
+    with stage(tmp_path, **scaling) as handle:
+        assert "voice" in handle.enroll.remote(request_of(0)).result()
+        assert tuners() == 1
+        before = desk_memory()
+        asked = [handle.enroll.remote(request_of(speaker)) for speaker in range(1, 1001)]
+        sizes = []
+        wait_until(lambda: sizes.append(desk_memory()) or tuners() == 2)
+        results = [answer.result(timeout_s=300) for answer in asked]
+        counts = handle.about.remote().result()
+        wait_until(lambda: tuners() == 1)
+        again = handle.enroll.remote(request_of(500)).result()
+        after = desk_memory()
+    assert all("voice" in result for result in results)
+    assert (counts["waiting"], counts["tuning"]) == (0, 0)
+    assert again["voice"] == results[499]["voice"]
+    assert max(sizes) - before < 100 << 20 and after - before < 50 << 20

@@ -67,7 +67,6 @@ def test_errors_are_a_distance(one: list[str], other: list[str]) -> None:
 def test_error_rates_weigh_words_not_utterances() -> None:
     errors = [WordErrors(9, 0, 40, 0), WordErrors(1, 1, 5, 5)]
     assert measures.word_error_rate(errors) == pytest.approx(0.1)
-    assert measures.character_error_rate(errors) == pytest.approx(5 / 45)
 
 
 def test_voices_are_told_apart(clips: list[Clip]) -> None:

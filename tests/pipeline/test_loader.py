@@ -392,6 +392,28 @@ def test_the_cache_holds_whole_shards_within_its_limit(remote, tmp_path):
     assert not list(folder.glob("*.part-*"))
 
 
+def test_what_killed_loaders_left_goes_with_the_next_shard_under_the_same_lock(tmp_path):
+    write_dataset("memory://left/tokens", (6, 6))
+    index = TokenIndex.open("memory://left/tokens")
+    cache = ShardCache(str(tmp_path / "cache"), 1 << 20)
+    path = Path(cache.folder, f"{index.shards[0].sha256[:40]}.tar.part-")
+    neighbour = Path(cache.folder, f"{index.shards[0].sha256[:8]}{'0' * 32}.tar.part-0")
+    theirs = f"{(int(index.shards[0].sha256[:8], 16) ^ 1):08x}{'0' * 32}.tar.part-0"
+    for left in (f"{path}0", f"{path}1", neighbour, Path(cache.folder, theirs)):
+        Path(left).write_bytes(b"half")
+    SampleReader(index, cache).read(np.array([0]))
+    assert [file.name for file in Path(cache.folder).glob("*.part-*")] == [theirs], "whoever writes it may be alive"
+
+
+def test_what_a_killed_process_left_of_an_index_goes_with_the_next_try(tmp_path):
+    write_dataset("memory://left/tokens", (6, 6))
+    whole = TokenIndex.open("memory://left/tokens", cache=str(tmp_path))
+    (folder,) = tmp_path.glob("index-*[0-9a-f]")
+    folder.rename(f"{folder}.part-0")
+    assert len(TokenIndex.open("memory://left/tokens", cache=str(tmp_path))) == len(whole)
+    assert {file.name for file in tmp_path.iterdir()} == {folder.name, f"{folder.name}.lock"}
+
+
 def test_what_is_cached_is_not_asked_for_again(tmp_path):
     url = "memory://cached/tokens"
     samples = write_dataset(url, (6, 6))

@@ -6,6 +6,7 @@ import gzip
 import json
 import math
 import os
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.manifests import ManifestError, open_manifest
+from pipeline.corpus_options import CorpusOptions
+from pipeline.manifests import KINDS, ManifestError, corpora, open_manifest
 from pipeline.utterances import Reject, Utterance
 
 GOOD = {"audio": "a.flac", "text": "Hello."}
@@ -48,6 +50,12 @@ def check(item: Utterance | Reject) -> None:
     assert type(item.start) is float and math.isfinite(item.start) and item.start >= 0
     assert item.duration is None or (type(item.duration) is float and 0 < item.duration < math.inf)
     assert item.channel is None or (type(item.channel) is int and item.channel >= 0)
+
+
+def test_the_options_of_jobs_name_what_is_known() -> None:
+    """Written twice: `--help` does not wait for what reads manifests."""
+    choices = {option.name: option.metadata["choices"] for option in fields(CorpusOptions)}
+    assert choices["kind"] == KINDS and choices["corpus"] == (*corpora.RECIPES, "librilight")
 
 
 def test_a_row_becomes_an_utterance(tmp_path: Path) -> None:

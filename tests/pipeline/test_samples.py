@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jobs.verify import here
-from pipeline import samples, shards, verification
+from pipeline import codec_weights, samples, shards, validation, verification
 from pipeline.plan import Plan, read_rows, shard_digest
 from pipeline.planning import Sizes, make_round
 from pipeline.shards import Sample
@@ -118,3 +118,15 @@ def test_what_stands_beside_a_tar_is_named_when_damaged(dataset, url, content):
 def test_a_header_that_is_no_tar_is_a_fault(dataset):
     faults = damaged(dataset, shards.tar_url(dataset.url, 0), lambda whole: hashlib.sha256(whole).digest() * 64)
     assert ["sha256" in faults[0].what, "ReadError" in faults[-1].what] == [True, True]
+
+
+def test_a_validation_looks_for_its_codec_once_and_never_on_the_internet(tmp_path, monkeypatch, capsys):
+    def fetched(_):
+        raise AssertionError("EnCodec's weights were fetched")
+
+    monkeypatch.setenv("LINA_RAY_CACHE", str(tmp_path / "empty"))
+    monkeypatch.setattr(codec_weights, "_encodec_file", fetched)
+    Plan({}, CODEC, "encodec_24khz", {}, "", {}).save(str(tmp_path))
+    config, codes = types.SimpleNamespace(data=str(tmp_path)), [np.zeros((8, 3), np.int64)]
+    assert validation._decoded(config, codes) is None and validation._decoded(config, codes) is None
+    assert capsys.readouterr().out.count("nothing to hear: EnCodec's weights are not at hand") == 1

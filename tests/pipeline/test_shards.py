@@ -94,14 +94,44 @@ def test_a_foreign_or_missing_member_is_an_error(member):
         list(read_samples(buffer.getvalue()))
 
 
-def test_an_array_of_objects_is_not_unpickled():
-    codes = io.BytesIO()
-    np.save(codes, np.array([{"a": 1}], dtype=object), allow_pickle=True)
+def sample_with(codes: bytes) -> bytes:
+    """A tar of one sample whose codes are these bytes."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as tar:
-        for name, content in ((shards.CODES, codes.getvalue()), (shards.META, b"{}"), (shards.PHONES, b"")):
+        for name, content in ((shards.CODES, codes), (shards.META, b"{}"), (shards.PHONES, b"")):
             header = tarfile.TarInfo(f"k.{name}")
             header.size = len(content)
             tar.addfile(header, io.BytesIO(content))
+    return buffer.getvalue()
+
+
+def npy(array: np.ndarray, **options) -> bytes:
+    content = io.BytesIO()
+    np.save(content, array, **options)
+    return content.getvalue()
+
+
+def test_an_array_of_objects_is_not_unpickled():
     with pytest.raises(ValueError, match="allow_pickle"):
-        list(read_samples(buffer.getvalue()))
+        list(read_samples(sample_with(npy(np.array([{"a": 1}], dtype=object), allow_pickle=True))))
+
+
+def test_codes_that_others_wrote_are_read_and_cut_ones_refused():
+    (read,) = read_samples(sample_with(npy(np.asfortranarray(sample("k").codes))))
+    assert np.array_equal(read.codes, sample("k").codes)
+    with pytest.raises(ValueError, match=r"26 codes where the header says \(4, 7\)"):
+        list(read_samples(sample_with(npy(sample("k").codes)[:-4])))
+    with pytest.raises(ValueError, match="expected uint16"):
+        list(read_samples(sample_with(npy(np.zeros((4, 7), np.int32)))))
+
+
+def test_our_headers_are_read_without_pythons_parser(monkeypatch):
+    """It is not safe where threads share it."""
+
+    def fails(*_):
+        raise SystemError("AST constructor recursion depth mismatch")
+
+    data, _ = tar_bytes([sample("k")])
+    monkeypatch.setattr("ast.literal_eval", fails)
+    (read,) = read_samples(data)
+    assert np.array_equal(read.codes, sample("k").codes)

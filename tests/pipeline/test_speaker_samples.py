@@ -1,10 +1,13 @@
 """A speaker's recordings become codes and phonemes, as the tokenizing stages make them."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import soundfile
 
-from pipeline import codec_weights
+from infra import storage
+from pipeline import audio, codec_weights, recording, segmentation
 from pipeline.enroll_config import EnrollConfig
 from pipeline.speaker_samples import SampleEncoder, settings_of, to_samples
 from pipeline.utterances import Unusable, Utterance
@@ -41,6 +44,29 @@ def test_samples_keep_their_order_and_bad_ones_are_told(codec, tmp_path):
     assert all(reject.id == "ann" and reject.where.startswith("line ") for reject in rejects)
     again, _ = encoder_of(codec, batch_seconds=2.0).encode(samples)
     assert all(np.array_equal(one.codes, two.codes) for one, two in zip(good, again, strict=True))
+
+
+def test_a_bad_moment_of_the_storage_costs_no_recording(codec, tmp_path, monkeypatch):
+    soundfile.write(tmp_path / "long.wav", voiced(np.random.default_rng(0), 3.0, 16_000), 16_000)
+    encoder = encoder_of(codec, max_seconds=2.0, segment_seconds=1.0)
+    encoder.config = dataclasses.replace(encoder.config, transcribe="any")
+    asked, broken, real = [], set(), recording._open_local
+
+    def flaky(url):
+        asked.append(url)
+        if len(asked) in broken:
+            raise OSError("the storage has a bad moment")
+        return real(url)
+
+    monkeypatch.setattr(recording, "_open_local", flaky)
+    monkeypatch.setattr(segmentation, "vad_spans", lambda url: [(0.0, audio.probe(url).seconds)])
+    monkeypatch.setattr(storage, "_PAUSES", (0.0, 0.0))
+    samples, rejects = [Utterance("", f"{tmp_path}/long.wav", None, "ann")], []
+    expected = list(encoder._pieces(samples, rejects))
+    assert len(expected) >= 2 and not rejects
+    asked.clear()
+    broken |= {1, 3, 5}  # its length, its speech, its quietest place
+    assert list(encoder._pieces(samples, rejects)) == expected and not rejects
 
 
 def test_requests_are_read_with_the_models_own_numbers():

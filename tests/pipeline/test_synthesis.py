@@ -10,21 +10,27 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from infra import storage
 from model.codec_config import CodecError
 from model.lina_config import ModelError
 from model.sampling import Policy
+from model.voice_file import VoiceError
 from pipeline import codec_weights, phonemes
+from pipeline.scripts import Chunk, ScriptLine
 from pipeline.sentences import pieces
 from pipeline.speaking_prompts import read_prompt
+from pipeline.speaking_voices import read_voice, stored_voice
 from pipeline.speech_faults import Limits, examine
 from pipeline.speech_files import FORMATS, LONGEST_COMMENT, Provenance, SpeechFileError, decode, encode, ending
 from pipeline.speech_joining import faded, join
 from pipeline.speech_lines import Line, Voice, derived
+from pipeline.speech_stage import FOLDER, Speak, Work
 from pipeline.streaming import stream
 from pipeline.synthesis import ModelFiles, Synthesizer, read_model
+from pipeline.synthesize_config import SynthesizeConfig
 from pipeline.utterances import Unusable
 from tests.corpora import voiced
-from tests.pipeline.speaking_model import write_speaker
+from tests.pipeline.speaking_model import write_speaker, write_voice
 
 ANYTHING = Limits(phones_a_second=1e6, repeated_seconds=1e6, still_seconds=1e6, attended=0, seconds_a_token=0.05)
 """Nothing that ends by itself is a failure."""
@@ -279,6 +285,65 @@ def test_another_codec_and_another_inventory_are_refused(parts, folders, tmp_pat
         Synthesizer(foreign, parts[1])
     with pytest.raises(ModelError, match=r"nowhere is no model: config.json cannot be read .* --model"):
         read_model("nowhere")
+
+
+class Shaky:
+    """Functions of the storage that fail for URLs with some ending, so many times."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.ending, self.times = "", 0
+        patch.setattr(storage, "_PAUSES", (0.0, 0.0))
+        for name in ("exists", "read_bytes", "write_bytes"):
+            patch.setattr(storage, name, self._shaken(getattr(storage, name)))
+
+    def _shaken(self, real):
+        def ask(url, *more):
+            if self.times and url.endswith(self.ending):
+                self.times -= 1
+                raise OSError("slow down")
+            return real(url, *more)
+
+        return ask
+
+
+def test_storage_that_fails_is_never_held_against_a_line(parts, folders, tmp_path, monkeypatch) -> None:
+    import pyarrow as pa
+
+    model = read_model(folders[0])
+    write_voice(tmp_path / "ann.safetensors", folders[0])
+    output = str(tmp_path / "said")
+    config = SynthesizeConfig(
+        script="s.jsonl", voices=str(tmp_path), output=output, device="cpu", temperature=(1.0,), retries=0, rows=1
+    )
+    speak, shaky = Speak(Work.of(config, {"model": "any"}), (model, parts[1])), Shaky(monkeypatch)
+    voices = ("", "ann", "", "nobody")
+    lines = [ScriptLine(f"l{n}", f"l{n}", voice, "Rain.") for n, voice in enumerate(voices)]
+    table = pa.table({"chunk": [json.dumps(Chunk("0-abc", tuple(lines)))]})
+
+    def said(ending: str, times: int) -> list[str]:
+        shaky.ending, shaky.times = ending, times
+        return speak(table)["rows"].to_pylist()
+
+    # The last time of three is for good: the chunk is missing, and what it has left does not trouble the next.
+    for broken in ("ann.safetensors", "l2.wav", "0-abc.jsonl"):
+        assert said(broken, 3) == [] and not shaky.times and not len(speak.synthesizer), broken
+        assert not storage.names(storage.join(output, FOLDER))
+    speak.voice.cache_clear()
+    (rows,) = map(json.loads, said("ann.safetensors", 2))
+    assert [row.get("reason") for row in rows] == [None, None, None, "unknown-voice"]
+    assert storage.names(storage.join(output, FOLDER)) == ["0-abc.jsonl"]
+
+
+def test_a_voice_that_is_gone_is_told_and_not_waited_for(parts, tmp_path, monkeypatch) -> None:
+    card = synthesizer(parts).card
+    for url in (str(tmp_path / "gone"), "nowhere://a", "oss://a"):
+        with pytest.raises(VoiceError, match="cannot be read"):
+            stored_voice(url, card)
+    Shaky(monkeypatch).times = 2
+    with pytest.raises(OSError, match="slow down"):
+        stored_voice("any", card)
+    with pytest.raises(VoiceError, match=r"cannot be read \(slow down\)"):
+        read_voice("any", card)
 
 
 @pytest.mark.parametrize("form", list(FORMATS))

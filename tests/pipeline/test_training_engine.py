@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import math
 import os
+import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -224,6 +226,9 @@ def test_a_damaged_checkpoint_is_passed_over_and_old_ones_go(sizes: str, tmp_pat
     (folder / checkpoints.name_of(3) / checkpoints.FACTS).unlink()
     assert checkpoints.newest(str(tmp_path)).step == 2
     assert "has lost mp_rank_00_model_states.pt" in (said := capsys.readouterr().err) and "not finished" in said
+    assert f"using an earlier checkpoint: {folder / checkpoints.name_of(2)}" in said
+    assert checkpoints.opened(str(folder / checkpoints.name_of(4))) is None
+    assert "earlier" not in capsys.readouterr().err, "it has looked at one alone"
 
 
 def test_what_was_never_finished_costs_no_finished_checkpoint(sizes: str, tmp_path: Path) -> None:
@@ -257,6 +262,30 @@ def test_checkpoints_live_on_object_storage_too(sizes: str, bucket: str) -> None
     resumed = engine(config)
     checkpoints.load(resumed, checkpoints.prepare(f"{bucket}/run", 1, 1)[0])
     assert losses(resumed, range(3, 5)) == expected[3:]
+
+
+def test_an_upload_is_tried_again_and_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def save_checkpoint(parent: str, tag: str, save_latest: bool) -> None:
+        Path(parent, tag).mkdir()
+        Path(parent, tag, "weights.pt").write_bytes(b"weights")
+
+    def shaky(local: str, url: str) -> None:
+        tries.append(url)
+        if len(tries) != 2:
+            raise OSError("the storage has a bad moment")
+        upload(local, url)
+
+    deepspeed, optimiser = SimpleNamespace(save_checkpoint=save_checkpoint), SimpleNamespace(usual=[])
+    training = SimpleNamespace(rank=0, world=1, stage=0, deepspeed=deepspeed, optimiser=optimiser)
+    upload, tries, run = storage.upload, [], f"memory://{tmp_path.name}"
+    monkeypatch.setattr(storage, "_PAUSES", (0.0, 0.0))
+    monkeypatch.setattr(storage, "upload", shaky)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    checkpoints.save(training, run, 1, {}, keep=1)
+    assert checkpoints.newest(run).step == 1 and len(tries) == 2
+    with pytest.raises(OSError, match="bad moment"):
+        checkpoints.save(training, run, 2, {}, keep=1)
+    assert len(tries) == 5 and not list(tmp_path.iterdir())
 
 
 def test_another_stage_of_zero_that_cannot_go_on_is_refused(sizes: str, tmp_path: Path) -> None:

@@ -12,13 +12,17 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from model.checkpoint import load
 from pipeline import training_loop
 from pipeline import validation as validating
+from pipeline.codec_weights import resolve
+from pipeline.plan import Plan
 from pipeline.pretrain_config import PretrainConfig
 from pipeline.training_checkpoints import newest
 from pipeline.training_start import PretrainError
 from tests.pipeline.process_group import process_group  # noqa: F401 (used by all tests here)
-from tests.pipeline.speaking_tokens import write_sizes, write_tokens
+from tests.pipeline.speaking_tokens import SIZES, write_sizes, write_tokens
+from tests.pipeline.token_data import write_dataset
 
 CPU = torch.device("cpu")
 
@@ -95,6 +99,31 @@ def test_the_registered_model_is_the_exported_one(data: str, tmp_path: Path, tra
         assert (source / name).read_bytes() == Path(config.output, "export", name).read_bytes()
 
 
+def test_what_is_said_at_an_evaluation_can_be_heard_and_seen(tmp_path: Path, tracking_uri: str) -> None:
+    import soundfile
+    from matplotlib.image import imread
+    from mlflow import MlflowClient
+
+    codec, data = resolve("demo").identity.to_dict(), str(tmp_path / "tokens")
+    write_dataset(data, (20, 20), codec)
+    Plan(config={}, codec=codec, codec_source="demo", manifest={}, audio_base="", rejects={}).save(data)
+    sizes = tmp_path / "with-1024-codes.json"
+    sizes.write_text(json.dumps(SIZES | {"codebook_size": codec["codebook_size"]}))
+    config = recipe(data, tmp_path, model=str(sizes), steps=2, speak=2)
+    train(config, tracking_uri)
+    run = json.loads(Path(config.output, "mlflow-run.json").read_text())["run_id"]
+    client, folder = MlflowClient(tracking_uri), "spoken/step-00000002"
+    names = [f"{folder}/{number}.{kind}" for number in range(2) for kind in ("png", "wav")]
+    assert [file.path for file in client.list_artifacts(run, folder)] == names
+    for name in names:
+        file = client.download_artifacts(run, name, str(tmp_path))
+        if name.endswith(".wav"):
+            wave, rate = soundfile.read(file)
+            assert rate == codec["sample_rate"] and len(wave) > 0.1 * rate and wave.std() > 0
+        else:
+            assert imread(file).std() > 0
+
+
 def test_another_window_is_another_schedule(data: str, tmp_path: Path) -> None:
     config = recipe(data, tmp_path, steps=2)
     train(config)
@@ -133,6 +162,16 @@ def test_what_cannot_be_read_is_counted_and_validation_says_what_it_goes_without
         train(recipe(config.data, tmp_path / "again", max_skipped=5, steps=12))
 
 
+def as_typed(monkeypatch: pytest.MonkeyPatch, **values) -> int:
+    """What `jobs/pretrain.py` gives back for these options, on no cluster."""
+    from jobs import pretrain
+
+    words = [word for name, value in values.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    monkeypatch.setattr("sys.argv", ["pretrain.py", *words])
+    monkeypatch.setattr("infra.cluster.connect", nullcontext)
+    return pretrain.main()
+
+
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
@@ -144,16 +183,38 @@ def test_what_cannot_be_read_is_counted_and_validation_says_what_it_goes_without
 def test_the_job_refuses_a_budget_that_cannot_be_in_one_line(
     data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], changes, says: str
 ) -> None:
-    from jobs import pretrain
-
     values = {"data": data, "output": tmp_path / "run", "model": write_sizes(tmp_path), "cache": tmp_path / "cache"}
-    values |= {"min_seconds": 0.1} | changes
-    words = [word for name, value in values.items() for word in (f"--{name.replace('_', '-')}", str(value))]
-    monkeypatch.setattr("sys.argv", ["pretrain.py", *words])
-    monkeypatch.setattr("infra.cluster.connect", nullcontext)
-    assert pretrain.main() == 2
+    assert as_typed(monkeypatch, **values, **{"min_seconds": 0.1} | changes) == 2
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 1 and said[0].startswith("pretrain: ") and says in said[0]
+
+
+def test_the_job_refuses_another_recipe_on_a_run_and_says_what_differs(
+    data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = recipe(data, tmp_path, steps=2)
+    train(config)
+    same = ("data", "output", "model", "cache", "steps", "budget", "warmup", "valid_fraction", "save_every", "zero")
+    values = {name: getattr(config, name) for name in (*same, "min_seconds")}
+    assert as_typed(monkeypatch, **values, learning_rate=0.002, beta2=0.9) == 2
+    said = capsys.readouterr().err
+    assert "learning_rate: 0.0002 → 0.002; beta2: 0.95 → 0.9" in said and "choose another --output" in said
+
+
+def test_training_goes_on_from_an_exported_model_and_says_which(data: str, tmp_path: Path) -> None:
+    first = recipe(data, tmp_path, steps=60, warmup=5, learning_rate=0.003, save_every=60, evaluate_every=60)
+    train(first)
+    exported = f"{first.output}/export"
+    second = recipe(data, tmp_path, output=str(tmp_path / "second"), steps=2, start_from=exported)
+    train(second)
+    before, after = (
+        [json.loads(line)["loss"] for line in Path(config.output, "losses.jsonl").read_text().splitlines()]
+        for config in (first, second)
+    )
+    assert after[0] < 0.7 * before[0] and after[0] == pytest.approx(before[-1], rel=0.25)
+    _, card = load(f"{second.output}/export")
+    assert card.training["started_from"] == load(exported)[1].fingerprint
+    assert "start_from" not in card.training["config"]
 
 
 def test_nothing_is_said_where_no_sentence_can_be_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

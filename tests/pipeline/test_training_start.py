@@ -45,6 +45,11 @@ def test_a_model_that_does_not_fit_is_refused_with_the_reason(exported: str, tmp
         starting_card(config(tmp_path, exported, codebooks=2))
     with pytest.raises(PretrainError, match=r"nowhere is no exported model .*jobs/export\.py"):
         starting_card(config(tmp_path, str(tmp_path / "nowhere")))
+    for elsewhere in ("nowhere://bucket/model", "oss://bucket/model"):  # no such thing, and not installed
+        with pytest.raises(PretrainError, match=f"start_from {elsewhere} is no exported model"):
+            starting_card(config(tmp_path, elsewhere))
+        with pytest.raises(ValueError, match=f"model {elsewhere} is neither a preset"):
+            PretrainConfig(model=elsewhere)
     model, card = load(exported)
     other = dataclasses.replace(card, inventory=tuple(reversed(INVENTORY)))
     save(model, other, tmp_path / "other")

@@ -149,6 +149,30 @@ def test_a_cells_name_is_all_that_it_depends_on(tmp_path):
     assert outcome["result"] == {"square": 4, "infinite": None} and outcome["machine"]["kit"] == "kit"
 
 
+@pytest.mark.parametrize("gone", ["NodeDiedError", "OutOfMemoryError"])
+def test_workers_that_are_lost_are_told_in_one_line(tmp_path, monkeypatch, gone):
+    import ray
+    from ray import exceptions
+
+    def lost(ready):
+        raise getattr(exceptions, gone)("killed")
+
+    class Task:
+        def __init__(self, work):
+            pass
+
+        def options(self, **options):
+            return self
+
+        def remote(self, *given):
+            return "a task"
+
+    for name, double in (("put", id), ("remote", Task), ("wait", lambda refs: (refs[:1], refs[1:])), ("get", lost)):
+        monkeypatch.setattr(ray, name, double)
+    with pytest.raises(grid.ExperimentError, match=r"^a cell's workers died again and again: killed$"):
+        grid.run(str(tmp_path), [Cell("square", {"x": 1})], square, None)
+
+
 def broken(cell: Cell, kit: Any) -> tuple[Any, dict[str, Any]]:
     raise grid.ExperimentError("no such thing")
 

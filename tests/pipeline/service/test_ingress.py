@@ -16,7 +16,7 @@ from pipeline.service.app import resolved
 from pipeline.service.config import ServiceConfig
 from pipeline.service.engine import Begun, SpeechRequest
 from pipeline.service.guesses import A_MINUTE, Guesses
-from pipeline.service.service import Service
+from pipeline.service.service import Service, _lost
 from tests.pipeline.service.in_process import Handle, serving
 from tests.pipeline.service.test_service import error_of
 
@@ -64,6 +64,15 @@ def test_faults_of_what_was_said_are_logged_and_counted(serve_log, stream):
     assert (health["said"], health["faulty"]) == (3, 2)
     told = [record.getMessage() for record in serve_log.records if record.name == "ray.serve"]
     assert told == ["speech of voice default has faults: loop, unfinished; coverage 0.4321"] * 2
+
+
+def test_an_engine_is_lost_whatever_killed_it():
+    from ray import exceptions
+
+    for gone in ("NodeDiedError", "OutOfMemoryError"):
+        assert _lost(getattr(exceptions, gone)("killed")), gone
+    assert _lost(exceptions.ActorDiedError()) and _lost(exceptions.WorkerCrashedError())
+    assert not _lost(exceptions.GetTimeoutError("slow")) and not _lost(MemoryError())
 
 
 def test_tokens_cannot_be_tried_out_at_full_speed(tmp_path):
