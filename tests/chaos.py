@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
@@ -62,24 +63,25 @@ def end(run: subprocess.Popen) -> None:
         process.kill()
 
 
-def disturb(arguments: list[str], output: Path, victim: str, chance: random.Random, nodes: int = 3) -> str:
-    """One run with a kill in it, and runs until one succeeds; returns what was done."""
+def disturb(arguments: list[str], output: Path, victims: Sequence[str], chance: random.Random, nodes: int = 3) -> str:
+    """One run with kills in it, and runs until one succeeds; returns what was done."""
     run = start_run(arguments, nodes)
-    shards = chance.randrange(0, SHARDS - 1)
-    delay = chance.uniform(0.0, 1.5)
-    while run.poll() is None and len(list(output.glob("shards/0*.json"))) < shards:
-        time.sleep(0.02)
-    if not shards:  # some moment of starting, planning or first decoding
-        delay = chance.uniform(0.0, 12.0)
-    time.sleep(delay)
-    killed = _kill(run, victim, chance)
+    told = []
+    for victim, shards in zip(victims, sorted(chance.sample(range(SHARDS - 1), len(victims))), strict=True):
+        while run.poll() is None and len(list(output.glob("shards/0*.json"))) < shards:
+            time.sleep(0.02)
+        # Without a shard: some moment of starting, planning or first decoding
+        delay = chance.uniform(0.0, 1.5 if shards else 12.0)
+        time.sleep(delay)
+        told.append(f"{_kill(run, victim, chance)} killed {delay:.1f} s after {shards} shards")
+    what = ", ".join(told)
     code = finish_run(run)
     again = 0
     while code != 0 and again < 3:
         again += 1
         code = finish_run(start_run(arguments, nodes))
-    assert code == 0, f"the run did not succeed after {killed} was killed"
-    return f"{killed} killed {delay:.1f} s after {shards} shards, {again} runs more"
+    assert code == 0, f"the run did not succeed: {what}"
+    return f"{what}, {again} runs more"
 
 
 def _kill(run: subprocess.Popen, victim: str, chance: random.Random) -> str:
@@ -140,7 +142,7 @@ def main() -> int:
         for number in range(options.times):
             chance = random.Random(options.seed + number)
             output = work / f"run-{number}"
-            what = disturb([*fixed, "--output", str(output)], output, chance.choice(VICTIMS), chance)
+            what = disturb([*fixed, "--output", str(output)], output, [chance.choice(VICTIMS)], chance)
             same = contents(output) == expected
             print(json.dumps({"seed": options.seed + number, "what": what, "same": same}), flush=True)
             if not same:
