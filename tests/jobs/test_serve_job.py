@@ -82,6 +82,7 @@ def test_it_can_be_stopped_while_it_starts(monkeypatch, capsys, number):
     monkeypatch.setattr(running.cluster, "connect", connected)
     monkeypatch.setattr(running, "_serving", waiting)
     handlers = {known: signal.getsignal(known) for known in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # Ray Train may have left its own in this process
     try:
         assert running.run(ServeConfig()) == 0
     finally:
