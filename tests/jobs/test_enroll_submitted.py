@@ -20,20 +20,8 @@ from tests.pipeline.speaking_model import write_speaker
 from tests.pipeline.speech_samples import write_speakers
 
 WORDS = ["--speakers", "speakers.jsonl", "--model", "model-of-tests", "--codec", "codec-of-tests", "--device", "cpu"]
-WORDS += [
-    "--steps",
-    "5",
-    "--eval-every",
-    "5",
-    "--batch",
-    "2",
-    "--slots",
-    "2",
-    "--tracking",
-    "none",
-    "--output",
-    "voices",
-]
+WORDS += ["--steps", "5", "--eval-every", "5", "--batch", "2", "--slots", "2", "--tracking", "none"]
+WORDS += ["--output", "voices"]
 SPEAKERS = 50
 
 
