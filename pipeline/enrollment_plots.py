@@ -42,6 +42,7 @@ def losses(rows: Sequence[dict[str, Any]]) -> Figure:
         marks = {"marker": "o", "ms": 4, "ls": ""} if len(shown) <= 100 else {"lw": 1.2}
         left.plot(places, values, color=colour, label=label, **marks)
     left.set(title="Held-out loss", xlabel="speakers, the best one first", ylabel="nats a token")
+    left.xaxis.set_major_locator(_whole())
     left.legend(frameon=False, fontsize=8)
     gained = np.array(
         [row["continuation_loss"] - row["tuned_loss"] for row in shown if row.get("continuation_loss") is not None]
