@@ -33,7 +33,9 @@ class Desk:
 
 
 def opened() -> Any:
-    """A handle of a new desk, on the Ray that is connected."""
+    """A handle of a new desk, on the driver's own node: any other may be lost and the training goes on."""
     import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    return ray.remote(num_cpus=0)(Desk).remote()
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return ray.remote(num_cpus=0, scheduling_strategy=here)(Desk).remote()

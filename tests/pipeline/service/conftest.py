@@ -95,8 +95,9 @@ def service(tmp_path_factory, bounded_proxy, local_ray) -> Iterator[Running]:
 
 @pytest.fixture
 def serve_log(caplog, monkeypatch):
-    """`caplog` of Ray Serve's logger, which tells its parents or not, by what was imported before."""
+    """`caplog` of Ray Serve's logger; what it tells its parents, and from which level on, earlier imports and jobs decided."""
     logger = logging.getLogger("ray.serve")
+    caplog.set_level(logging.WARNING, logger.name)
     monkeypatch.setattr(logger, "propagate", False)
     logger.addHandler(caplog.handler)
     yield caplog
