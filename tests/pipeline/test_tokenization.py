@@ -5,6 +5,7 @@ import json
 import math
 import os
 import random
+import shutil
 import signal
 import threading
 import time
@@ -93,9 +94,8 @@ def test_other_actors_and_another_place_give_the_same_bytes(tmp_path, undisturbe
 
 
 def test_what_is_missing_is_made_again_and_nothing_else(tmp_path, undisturbed, corpus, codec):
-    output = tmp_path / "tokens"
+    output = shutil.copytree(undisturbed, tmp_path / "tokens")
     config = config_of(corpus, output, codec)
-    assert tokenize(config, False, False) == 0
     (output / "shards/000001.json").unlink()
     (output / "shards/000001.tar").write_bytes(b"half a tar")
     (output / "shards/.000002.tar.part-deadbeef").write_bytes(b"left by a killed writer")
@@ -108,9 +108,9 @@ def test_what_is_missing_is_made_again_and_nothing_else(tmp_path, undisturbed, c
     assert (output / "shards/000002.tar").stat().st_mtime_ns == kept
 
 
-def test_verify_names_what_is_damaged(tmp_path, corpus, codec):
-    output = tmp_path / "tokens"
-    assert tokenize(config_of(corpus, output, codec), False, False) == 0
+def test_verify_names_what_is_damaged(tmp_path, undisturbed):
+    output = shutil.copytree(undisturbed, tmp_path / "tokens")
+    assert faults_of(output) == []
     data = bytearray((output / "shards/000002.tar").read_bytes())
     data[700] ^= 1
     (output / "shards/000002.tar").write_bytes(data)
@@ -126,13 +126,12 @@ def test_a_changed_configuration_is_refused_with_what_differs(undisturbed, corpu
         tokenize(config_of(corpus, undisturbed, codec, **change), False, False)
 
 
-def test_a_changed_manifest_is_refused(tmp_path, codec):
-    corpus = write_corpus(tmp_path / "corpus", 4)
-    config = config_of(corpus, tmp_path / "tokens", codec)
-    assert tokenize(config, False, False) == 0
-    corpus.write_text(corpus.read_text().replace("spk0/0000", "spk0/other"))
+def test_a_changed_manifest_is_refused(tmp_path, undisturbed, corpus, codec):
+    changed = shutil.copytree(corpus.parent, tmp_path / "corpus", copy_function=os.link) / corpus.name
+    changed.unlink()
+    changed.write_text(corpus.read_text().replace("spk0/0000", "spk0/other"))
     with pytest.raises(PlanError, match="manifest sha256"):
-        tokenize(config, False, False)
+        tokenize(config_of(changed, undisturbed, codec), False, False)
 
 
 def test_a_dry_run_tells_the_plan_and_writes_nothing(tmp_path, corpus, codec, capsys):
