@@ -69,10 +69,9 @@ def say(config: SynthesizeConfig) -> int:
     """One text into one file; returns the exit code."""
     import dataclasses
 
-    import torch
     from tqdm import tqdm
 
-    from infra import storage
+    from infra import devices, storage
     from pipeline.bulk_synthesis import codec_of
     from pipeline.progress import pace
     from pipeline.speaking_voices import read_voice
@@ -81,9 +80,7 @@ def say(config: SynthesizeConfig) -> int:
     from pipeline.speech_stage import SynthesisError, describe, provenance_of, synthesizer_of
     from pipeline.synthesis import read_model
 
-    form, device = ending(config.out), config.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    form, device = ending(config.out), devices.of_process(config.device)
     files = read_model(config.model)
     synthesizer = synthesizer_of(dataclasses.replace(config, device=device), files, codec_of(config, files))
     voice = read_voice(config.voice, synthesizer.card) if config.voice else None

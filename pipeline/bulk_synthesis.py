@@ -22,7 +22,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from infra import storage
+from infra import devices, storage
 from model.checkpoint import read_card
 from model.codec_config import CodecError
 from model.sampling import Policy
@@ -102,7 +102,7 @@ def plan(config: SynthesizeConfig, prompts: bool = False) -> BulkPlan:
         config,
         output=storage.absolute(config.output),
         voices=config.voices and storage.absolute(config.voices),
-        device=_device(config.device),
+        device=devices.of_cluster(config.device),
     )
     settings = config.settings() | {"model": read_card(files.config).fingerprint, "codec": codec.digest}
     survey = scripts.survey(config.script, config.chunk, settings, prompts)
@@ -209,14 +209,6 @@ def _resources(config: SynthesizeConfig, chunks: int) -> dict[str, Any]:
     most = max(1, min(config.actors or fits, chunks))
     start = max(1, min(most, fits))
     return {"compute": ray.data.ActorPoolStrategy(min_size=1, max_size=most, initial_size=start), **demand}
-
-
-def _device(device: str) -> str:
-    import ray
-
-    if device != "auto":
-        return device
-    return "cuda" if ray.cluster_resources().get("GPU", 0) > 0 else "cpu"
 
 
 def _claim(output: str, settings: dict[str, Any]) -> None:

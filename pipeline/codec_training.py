@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from infra import allocator, storage, tracking
+from infra import allocator, devices, storage, tracking
 from infra.config import option
 from model.codec import CONFIG_FILE, WEIGHTS_FILE
 from model.codec_config import CodecConfig, CodecError
@@ -166,7 +166,7 @@ def train(config: TrainCodecConfig) -> dict[str, float]:
     import ray.train
     from ray.train.torch import TorchTrainer
 
-    cuda = _device(config) == "cuda"
+    cuda = devices.of_cluster(config.device) == "cuda"
     threads = config.threads or 1
     scaling = ray.train.ScalingConfig(
         num_workers=config.workers, use_gpu=cuda, resources_per_worker={"CPU": threads} | ({"GPU": 1} if cuda else {})
@@ -256,7 +256,7 @@ def train_worker(config: TrainCodecConfig, rank: int, uri: str, start: ResolvedC
         torch.set_num_threads(config.threads)
     output = storage.absolute(config.output)
     pool = SpeechPool.open(Path(output, "pool"))
-    trainer = CodecTrainer(config.codec(), config.recipe(), _device(config))
+    trainer = CodecTrainer(config.codec(), config.recipe(), devices.of_process(config.device))
     if storage.exists(storage.join(output, CHECKPOINT)):
         load_checkpoint(trainer, output)
     elif start:
@@ -410,11 +410,3 @@ def export(trainer: CodecTrainer, output: str) -> None:
     folder = storage.join(output, EXPORT)
     storage.write_bytes(storage.join(folder, WEIGHTS_FILE), trainer.weights())
     storage.write_text(storage.join(folder, CONFIG_FILE), json.dumps(trainer.config.to_dict(), indent=2) + "\n")
-
-
-def _device(config: TrainCodecConfig) -> str:
-    import torch
-
-    if config.device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    return config.device

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from infra import storage
+from infra import devices, storage
 from infra.ray_errors import lost_worker
 from model.checkpoint import CONFIG_FILE, ModelCard, read_card
 from model.lina_config import ModelError
@@ -257,7 +257,7 @@ def _encoder(batch: Batch, shipped: Any) -> Any:
     import ray
 
     config, identity = batch.config, batch.codec.identity.to_dict()
-    device = "cuda" if on_gpu(config) else "cpu"
+    device = devices.of_cluster(config.device)
     gpus = {"num_gpus": config.codec_gpus} if device == "cuda" else {}
     actor = ray.remote(SampleEncoder).options(num_cpus=config.codec_cpus, **gpus)
     return actor.remote(settings_of(config, batch.card.sizes.codebooks, device), shipped, identity)
@@ -268,14 +268,8 @@ def _tokenizers(config: EnrollConfig) -> int:
 
     if config.tokenizers:
         return config.tokenizers
-    return max(1, int(ray.cluster_resources()["GPU"])) if on_gpu(config) else 1
-
-
-def on_gpu(config: EnrollConfig) -> bool:
-    """Whether a job's models run on GPUs of this cluster."""
-    import ray
-
-    return config.device == "cuda" or (config.device == "auto" and ray.cluster_resources().get("GPU", 0) > 0)
+    on_gpu = devices.of_cluster(config.device) == "cuda"
+    return max(1, int(ray.cluster_resources()["GPU"])) if on_gpu else 1
 
 
 def _config_of(folder: str) -> ModelFiles:

@@ -6,9 +6,10 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
+from infra import devices
 from pipeline.codec_weights import ResolvedCodec
 from pipeline.enroll_config import EnrollConfig
-from pipeline.enrollment import Batch, on_gpu
+from pipeline.enrollment import Batch
 from pipeline.utterances import Unusable, Utterance
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ def listen(batch: Batch, results: Results) -> None:
     import ray
 
     config = batch.config
-    device = "cuda" if on_gpu(config) else "cpu"
+    device = devices.of_cluster(config.device)
     task = ray.remote(speak).options(num_cpus=1, num_gpus=config.codec_gpus if device == "cuda" else 0)
     said, notes = ray.get(task.remote(config, batch.codec, _chosen(batch, results), device))
     for note in notes:

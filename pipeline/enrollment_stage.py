@@ -30,7 +30,7 @@ from collections.abc import AsyncGenerator
 from typing import TYPE_CHECKING, Any
 
 from infra import config as configs
-from infra import storage
+from infra import devices, storage
 from pipeline.enroll_config import StageConfig
 from pipeline.utterances import Unusable
 
@@ -96,9 +96,7 @@ def resolved(config: StageConfig) -> StageConfig:
     import ray
 
     resources = ray.cluster_resources()
-    device = config.device
-    if device == "auto":
-        device = "cuda" if resources.get("GPU", 0) > 0 else "cpu"
+    device = devices.of_cluster(config.device)
     batching = config.batching
     if batching == "auto":
         batching = "joint" if device == "cuda" else "apart"

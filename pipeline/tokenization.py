@@ -20,7 +20,7 @@ from importlib.metadata import version
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from infra import storage
+from infra import devices, storage
 from pipeline import codec_weights, json_lines, lengths, planning, shards
 from pipeline.manifests import Manifest
 from pipeline.plan import Plan, PlanError, differences, note_taken_up, read_rows, taken_up
@@ -50,16 +50,11 @@ def open_input(config: TokenizeConfig) -> Manifest:
 
 def resolve(config: TokenizeConfig) -> TokenizeConfig:
     """The configuration with everything settled that depends on this machine: absolute paths, the device."""
-    import ray
-
     if config.transcribe:
         from pipeline.transcription import Transcriber
 
         Transcriber(config.transcribe)  # a missing model is told now, not by the first actor
-    device = config.device
-    if device == "auto":
-        device = "cuda" if ray.cluster_resources().get("GPU", 0) > 0 else "cpu"
-    return dataclasses.replace(config, output=storage.absolute(config.output), device=device)
+    return dataclasses.replace(config, output=storage.absolute(config.output), device=devices.of_cluster(config.device))
 
 
 def make_plan(

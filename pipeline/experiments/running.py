@@ -7,7 +7,7 @@ import importlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from infra import storage
+from infra import devices, storage
 from model.lina_config import PRESETS
 from pipeline.experiments import cells as grid
 from pipeline.experiments import report
@@ -37,16 +37,12 @@ class Finished(NamedTuple):
 
 
 def resolve(config: ExperimentsConfig) -> ExperimentsConfig:
-    """Relative paths are the caller's, not the workers'; `auto` means a GPU where the cluster has one."""
-    import ray
-
+    """Relative paths are the caller's, not the workers'; the device is settled."""
     paths = {name: getattr(config, name) for name in ("output", "model", "speakers", "data")}
     if config.preset not in PRESETS:
         paths["preset"] = config.preset
     changes = {name: path and storage.absolute(path) for name, path in paths.items()}
-    if config.device == "auto":
-        changes["device"] = "cuda" if ray.cluster_resources().get("GPU", 0) > 0 else "cpu"
-    return dataclasses.replace(config, **changes)
+    return dataclasses.replace(config, **changes, device=devices.of_cluster(config.device))
 
 
 def perform(name: str, config: ExperimentsConfig, on_done: OnDone = lambda what, done, total: None) -> Finished:

@@ -6,7 +6,7 @@ import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from infra import config as configs
-from infra import storage
+from infra import devices, storage
 from pipeline.service.config import ServiceConfig
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def resolved(config: ServiceConfig) -> ServiceConfig:
 
 
 def _on_gpu(device: str) -> bool:
-    """`auto` is decided by what the cluster has."""
+    """`auto` is no GPU where no Ray is connected, as in `serve build`."""
     import ray
 
-    return device == "cuda" or (device == "auto" and ray.is_initialized() and ray.cluster_resources().get("GPU", 0) > 0)
+    return device == "cuda" or (ray.is_initialized() and devices.of_cluster(device) == "cuda")

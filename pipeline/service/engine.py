@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, NamedTuple
 
 from pipeline.service.config import ServiceConfig
+
+logger = logging.getLogger("ray.serve")
 
 
 class Stopped(RuntimeError):
@@ -52,6 +56,7 @@ class SpeechEngine:
     def __init__(self, config: ServiceConfig) -> None:
         import torch
 
+        from infra import devices
         from infra.allocator import keep_memory
         from model.sampling import Policy
         from pipeline.service.speaker import Speaker
@@ -59,10 +64,7 @@ class SpeechEngine:
 
         keep_memory()
         torch.set_num_threads(config.threads)
-        device = config.device
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        files = read_model(config.model)
+        device, files = devices.of_process(config.device), read_model(config.model)
         policy = Policy(config.temperature, config.top_k)
         self.config = config
         self.synthesizer = Synthesizer(
@@ -98,6 +100,10 @@ class SpeechEngine:
             where = request.voice or ""  # is nobody's business
             text = str(error).replace(where, request.voice_name) if where else str(error)
             yield Refused(409, "unusable_voice", text, "voice")
+            return
+        except OSError as error:
+            logger.warning("voice %s cannot be read: %s", request.voice, error)
+            yield Refused(503, "storage_unavailable", "the storage of the voices does not answer: try again", "voice")
             return
         except Full:
             yield self._full()
@@ -136,12 +142,13 @@ class SpeechEngine:
             raise RuntimeError("the engine's thread has ended") from self.speaker.failure
 
     def _prepared(self, request: SpeechRequest) -> tuple[list, Begun]:
-        from pipeline.speaking_voices import read_voice
+        from infra import storage
+        from pipeline.speaking_voices import stored_voice
         from pipeline.speech_lines import Line
 
         card, voice = self.synthesizer.card, None
         if request.voice is not None:
-            voice = read_voice(request.voice, card, request.voice_name)
+            voice = storage.patiently(partial(stored_voice, request.voice, card, request.voice_name))
         takes = self.synthesizer.takes("", Line(request.text, voice, request.seed))
         consent, digest = (voice.consent, voice.digest) if voice else ("", "")
         return takes, Begun(card.codec.sample_rate, card.fingerprint, consent, digest)

@@ -95,7 +95,7 @@ def service(tmp_path_factory, bounded_proxy, local_ray) -> Iterator[Running]:
 
 @pytest.fixture
 def serve_log(caplog, monkeypatch):
-    """`caplog` of Ray Serve's logger; what it tells its parents, and from which level on, earlier imports and jobs decided."""
+    """`caplog` of Ray Serve's logger, whose level and parents depend on what ran and was imported before."""
     logger = logging.getLogger("ray.serve")
     caplog.set_level(logging.WARNING, logger.name)
     monkeypatch.setattr(logger, "propagate", False)

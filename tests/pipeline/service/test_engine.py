@@ -11,6 +11,7 @@ import pytest
 import requests
 import yaml
 
+from infra import storage
 from infra.config import load
 from model.codec_config import ENCODEC_24KHZ
 from model.lina_config import ModelError
@@ -90,6 +91,23 @@ def test_what_cannot_be_said_is_refused_first(engine, folder, voice, text, statu
     (refused,) = asyncio.run(answered(engine, text, str(folder / f"{voice}.safetensors")))
     assert isinstance(refused, Refused) and refused.status == status and reason in refused.message
     assert str(folder) not in refused.message
+
+
+def test_a_storage_that_fails_is_asked_again_and_never_held_against_the_voice(patient, folder, monkeypatch):
+    voice, failures = str(folder / "ann.safetensors"), [OSError("slow down")] * 2
+    read = storage.read_bytes
+    monkeypatch.setattr(storage, "_PAUSES", (0.0, 0.0))
+
+    def shaky(url: str) -> bytes:
+        if failures:
+            raise failures.pop()
+        return read(url)
+
+    monkeypatch.setattr(storage, "read_bytes", shaky)
+    assert isinstance(asyncio.run(answered(patient, "Rain.", voice))[0], Begun)
+    failures += [OSError("slow down")] * 3
+    (refused,) = asyncio.run(answered(patient, "Rain.", voice))
+    assert (refused.status, refused.code) == (503, "storage_unavailable") and str(folder) not in refused.message
 
 
 def test_more_requests_than_it_holds_are_refused_and_leaving_makes_room(engine):
