@@ -32,14 +32,17 @@ class StepLog:
         peak: FLOP a second of all workers together.
         run: of MLflow.
         folder: the run's; on remote storage no `losses.jsonl` is kept, since it grows by a line at a time.
+        skipped: steps of this run that were skipped before it was resumed.
     """
 
-    def __init__(self, config: PretrainConfig, peak: float, device: torch.device, run: Run, folder: str) -> None:
+    def __init__(
+        self, config: PretrainConfig, peak: float, device: torch.device, run: Run, folder: str, skipped: int
+    ) -> None:
         self.config, self.peak, self.device, self.run = config, peak, device, run
         self.sizes = config.sizes()
         self.since = time.monotonic()
         self.latest: dict[str, Any] = {}
-        self.skipped = 0
+        self.skipped = skipped
         self.file = None
         if storage.is_local(folder):
             os.makedirs(folder, exist_ok=True)

@@ -48,7 +48,9 @@ def train(config: PretrainConfig, device: torch.device, uri: str, asked_to_stop:
         if rank == 0:
             tracking.remember_run(run, tracked)
             tracked.log_input(os.path.basename(config.data), index.digest, config.data, "training")
-        return _Loop(config, engine, index, tracked, asked_to_stop, started_from).run(resumed[0].step if resumed else 0)
+        facts = resumed[0].facts if resumed else {"step": 0}
+        skipped = facts.get("skipped", 0)  # checkpoints from before it was noted do not have it
+        return _Loop(config, engine, index, tracked, asked_to_stop, started_from, skipped).run(facts["step"])
 
 
 def _start(config: PretrainConfig, resumed: checkpoints.Checkpoint | None) -> tuple[Lina | None, str]:
@@ -71,13 +73,14 @@ class _Loop:
         tracked: tracking.Run,
         asked_to_stop: Callable[[], bool],
         started_from: str,
+        skipped: int,
     ) -> None:
         self.config, self.engine, self.index, self.run_ = config, engine, index, tracked
         self.asked_to_stop, self.folder, self.started_from = asked_to_stop, config.output, started_from
         self.first = engine.rank == 0
         peak = peak_flops(engine.device, engine.bf16) * engine.world if self.first else 1.0
-        self.log = StepLog(config, peak, engine.device, tracked, self.folder) if self.first else None
-        self.skipped = 0
+        self.log = StepLog(config, peak, engine.device, tracked, self.folder, skipped) if self.first else None
+        self.skipped_in_a_row = 0
 
     def run(self, step: int) -> dict[str, Any]:
         config, engine = self.config, self.engine
@@ -118,18 +121,18 @@ class _Loop:
         return self.log.latest if self.log else {}
 
     def _refuse_endless_skipping(self, result: StepResult, step: int) -> None:
-        self.skipped = self.skipped + 1 if result.skipped else 0
-        if self.skipped < self.config.max_skipped:
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if result.skipped else 0
+        if self.skipped_in_a_row < self.config.max_skipped:
             return
         if not result.tokens:
             raise PretrainError(
-                f"no sample of step {step} can be read, and {self.skipped} steps in a row were skipped; run "
+                f"no sample of step {step} can be read, and {self.skipped_in_a_row} steps in a row were skipped; run "
                 f"jobs/verify.py on {self.config.data}"
             )
         raise PretrainError(
-            f"{self.skipped} steps in a row, to step {step}, had gradients that were not finite or more than "
-            f"{self.config.explode:g} times the usual; lower learning_rate, or go back to an earlier checkpoint by "
-            f"removing later ones in {self.folder}/checkpoints"
+            f"{self.skipped_in_a_row} steps in a row, to step {step}, had gradients that were not finite or more than "
+            f"{self.config.explode:g} times the usual; start another run with a lower learning_rate: --start-from "
+            f"takes what jobs/export.py makes of {self.folder}"
         )
 
     def _evaluate(self, step: int) -> None:
@@ -149,6 +152,7 @@ class _Loop:
             "identity": self.config.identity(),
             "dataset": self.index.digest,
             "run_id": self.run_.run_id,
+            **({"skipped": self.log.skipped} if self.log else {}),
             "model": {
                 "sizes": self.config.sizes().to_dict(),
                 "inventory": list(INVENTORY),

@@ -104,6 +104,7 @@ def test_sizes_are_printed(monkeypatch, capsys, tmp_path) -> None:
     printed = capsys.readouterr().out
     assert "166,411,678" in printed
     assert "-0.7%" in printed
+    assert ["text_encoder", "44,099,580", "26.5%"] in [line.split() for line in printed.splitlines()]
     monkeypatch.setattr(sys, "argv", ["lina", "--config", str(tmp_path / "bad.json")])
     with pytest.raises(SystemExit, match="2"):
         main()

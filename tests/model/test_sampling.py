@@ -125,6 +125,23 @@ def test_what_is_said_is_drawn_from_what_the_parallel_pass_says(mixer: str, prom
             assert codebook or drawn[-1] == EOS
 
 
+def test_each_codebook_has_a_rule_of_its_own() -> None:
+    """The first is drawn from its five likeliest codes, the others take the likeliest that the parallel pass gives."""
+    model = network().eval()
+    phones, lengths = texts(16)
+    frames, policy = 12, Policy(temperature=(1.0, 0.0), top_k=(5,), min_frames=12, max_frames=12)
+    first, second = (
+        torch.stack([row.codes for row in speak(model, phones, lengths, policy, [seed] * 16)]) for seed in (0, 1)
+    )
+    logits = model(Batch(phones, lengths, first, torch.full((16,), frames))).logits[..., OFFSET:]
+    for codebook in range(3):
+        # Rows that are cut say a code where the parallel pass is told the end: only steps before that are compared
+        codes, given = first[:, codebook, : frames - codebook], logits[:, codebook:frames, codebook]
+        likelier = (given > given.gather(2, codes[..., None])).sum(2)
+        assert likelier.max() == (0 if codebook else 4)
+    assert (first[:, 0] != second[:, 0]).any(1).all()
+
+
 @pytest.mark.parametrize("mixer", ["gla", "attention"])
 def test_going_on_from_a_prompt_is_going_on(mixer: str) -> None:
     """Having said n frames, or being given them as a prompt: with one seed, what is said next is the same."""

@@ -7,6 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from infra.config import load
+from pipeline import training_data
+from pipeline.pretrain_config import PretrainConfig
 from pipeline.schedule import Schedule, _cut, _least_batches
 from pipeline.token_index import DataError, _mix, scramble
 from tests.pipeline.token_data import index_of
@@ -96,6 +99,15 @@ def test_little_is_padding():
     assert larger.padding(range(larger.steps_per_epoch())) < 0.02
     steps = int(larger.steps_of(larger.index.rows).sum())
     assert steps / larger.steps_per_epoch() > 0.95 * larger.budget, "and batches are full"
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_little_of_the_demo_is_padding(project, seed):
+    """Five minutes of short utterances, at 50 frames a second, as `make demo` trains on them."""
+    config = load(PretrainConfig, project / "infra/configs/pretrain/demo.yaml")
+    seconds = np.random.default_rng(seed).uniform(1.5, 5, 92)
+    schedule = training_data.schedule_of(config, index_of(in_shards(np.ceil(seconds * 50).astype(int).tolist())))
+    assert schedule.padding(range(schedule.steps_per_epoch())) <= 0.03
 
 
 def test_no_batch_is_tiny():

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Container
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -12,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from model import lina
 from model.checkpoint import load
 from pipeline import training_loop
 from pipeline import validation as validating
@@ -19,6 +21,7 @@ from pipeline.codec_weights import resolve
 from pipeline.plan import Plan
 from pipeline.pretrain_config import PretrainConfig
 from pipeline.training_checkpoints import newest
+from pipeline.training_engine import Engine, StepResult
 from pipeline.training_start import PretrainError
 from tests.pipeline.process_group import process_group  # noqa: F401 (used by all tests here)
 from tests.pipeline.speaking_tokens import SIZES, write_sizes, write_tokens
@@ -56,6 +59,10 @@ def train(config: PretrainConfig, uri: str = "none") -> dict:
     return training_loop.train(config, CPU, uri, lambda: False)
 
 
+def log_of(config: PretrainConfig) -> list[dict]:
+    return [json.loads(line) for line in Path(config.output, "losses.jsonl").read_text().splitlines()]
+
+
 def test_a_validation_that_fails_costs_no_steps(data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*_: object) -> None:
         raise OSError("the storage of the held-out shards is away")
@@ -83,7 +90,7 @@ def test_what_a_checkpoint_and_a_validation_take_is_no_steps_time(
     monkeypatch.setattr(training_loop, "validate", partial(slow, training_loop.validate))
     config = recipe(data, tmp_path, steps=3, save_every=1, evaluate_every=2)
     train(config)
-    rows = [json.loads(line) for line in Path(config.output, "losses.jsonl").read_text().splitlines()]
+    rows = log_of(config)
     assert len(rows) == 3 and now[0] >= 5000
     assert all(row["tokens_per_second"] > 1e9 for row in rows)
 
@@ -131,7 +138,7 @@ def test_another_window_is_another_schedule(data: str, tmp_path: Path) -> None:
         train(recipe(data, tmp_path, steps=2, window=1))
     facts = Path(newest(config.output).url, "trainer.json")
     noted = json.loads(facts.read_text())
-    del noted["identity"]["window"]  # as runs left it that could not choose
+    del noted["identity"]["window"], noted["skipped"]  # as runs left it that could not choose, and did not note it
     facts.write_text(json.dumps(noted))
     train(recipe(data, tmp_path, steps=2, cache_gib=7))
 
@@ -160,6 +167,33 @@ def test_what_cannot_be_read_is_counted_and_validation_says_what_it_goes_without
         tar.unlink()
     with pytest.raises(PretrainError, match=r"no sample of step 5 can be read, .* run jobs/verify.py on"):
         train(recipe(config.data, tmp_path / "again", max_skipped=5, steps=12))
+
+
+def test_a_run_that_only_skips_stops_and_what_it_skipped_is_counted_on_when_it_is_resumed(
+    data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def spoil(steps: Container[int]) -> None:
+        """Their gradients are not finite."""
+
+        def step(engine: Engine, number: int, *given: object) -> StepResult:
+            worth = math.nan if number in steps else 1.0
+            hook = engine.deepspeed.module.model.heads.weight.register_hook(lambda gradient: gradient * worth)
+            try:
+                return real(engine, number, *given)
+            finally:
+                hook.remove()
+
+        monkeypatch.setattr(Engine, "step", step)
+
+    real, config = Engine.step, recipe(data, tmp_path, steps=8, max_skipped=3, evaluate_every=8)
+    spoil({0, 1, *range(4, 8)})
+    with pytest.raises(PretrainError, match="3 steps in a row, to step 7, had gradients that were not finite"):
+        train(config)
+    said = [line for line in capsys.readouterr().out.splitlines() if " SKIPPED: gradient not finite" in line]
+    assert [line.split()[1] for line in said] == ["1", "2", "5", "6", "7"]
+    assert [row["skipped_steps"] for row in log_of(config)] == [1, 2, 2, 2, 3, 4, 5]
+    spoil({6})
+    assert train(config)["skipped_steps"] == 5, "four up to the checkpoint of step 6, and step 7 again"
 
 
 def as_typed(monkeypatch: pytest.MonkeyPatch, **values) -> int:
@@ -207,10 +241,7 @@ def test_training_goes_on_from_an_exported_model_and_says_which(data: str, tmp_p
     exported = f"{first.output}/export"
     second = recipe(data, tmp_path, output=str(tmp_path / "second"), steps=2, start_from=exported)
     train(second)
-    before, after = (
-        [json.loads(line)["loss"] for line in Path(config.output, "losses.jsonl").read_text().splitlines()]
-        for config in (first, second)
-    )
+    before, after = ([row["loss"] for row in log_of(config)] for config in (first, second))
     assert after[0] < 0.7 * before[0] and after[0] == pytest.approx(before[-1], rel=0.25)
     _, card = load(f"{second.output}/export")
     assert card.training["started_from"] == load(exported)[1].fingerprint
@@ -231,6 +262,36 @@ def test_nothing_is_said_where_no_sentence_can_be_read(tmp_path: Path, capsys: p
         held = loader.load(0)[0][0]
     validating._say_some(config, Lina(config.sizes()), held, 24_000, Run(), 5)
     assert "step      5 said nothing" in capsys.readouterr().out
+
+
+def test_the_papers_recipe_is_the_default(tmp_path: Path) -> None:
+    config = PretrainConfig(model=write_sizes(tmp_path))
+    assert (config.steps, config.budget, config.codebooks) == (500_000, 100_000, 4)
+    rates = [config.learning_rate_at(step) for step in (0, 499, 999, 1000, 250_500, 500_000)]
+    assert rates == pytest.approx([2e-7, 1e-4, 2e-4, 2e-4, 1e-4, 0.0])
+    engine = Engine(config, CPU, False)
+    assert isinstance(engine.optimiser, torch.optim.AdamW)
+    assert [group["weight_decay"] for group in engine.optimiser.param_groups] == [0.1, 0.0]
+    assert engine.deepspeed.gradient_clipping() == 1.0
+
+
+def test_computing_blocks_again_in_backward_changes_no_number(
+    data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With dropout, which has to drop the same again."""
+    blocks, checkpoint = [], lina.checkpoint
+    monkeypatch.setattr(lina, "checkpoint", lambda *given, **how: blocks.append(given[0]) or checkpoint(*given, **how))
+
+    def numbers(name: str, **changes) -> list[list[float]]:
+        config = recipe(data, tmp_path / name, steps=2, dropout=0.2, zero="1", **changes)
+        train(config)
+        names = ("loss", "grad_norm", *(f"loss.codebook.{level}" for level in range(1, 5)))
+        return [[row[name] for name in names] for row in log_of(config)]
+
+    keeping = numbers("keeping")
+    assert len(keeping) == 2 and not blocks
+    assert numbers("again", activation_checkpointing=True) == keeping
+    assert len(blocks) == 2 * 2, "two blocks in each of two steps"
 
 
 @pytest.mark.parametrize(
