@@ -50,11 +50,13 @@ def test_real_recordings_beside_their_codec_and_a_system_that_lacks_one(project,
     shutil.copy(folder / lines[0]["audio"], tmp_path / "wavs" / f"{lines[0]['id']}.flac")
     shutil.copy(folder / lines[1]["audio"], tmp_path / "wavs" / f"{lines[1]['id']}.flac")
     words = ["--set", "set.jsonl", "--systems", "copy=wavs", "--codec", "demo", "--output", "out", "--chunk", "3"]
-    words += ["--tracking", "none"]
+    words += ["--tracking", "none", "--meta", "meta.lst"]
 
     done = typed(project, tmp_path, *words)
     assert done.returncode == 3, done.stderr[-3000:]
     assert "| reference | 100.0" in done.stdout and "| codec | 100.0" in done.stdout and "| copy | 66.7" in done.stdout
+    meta = [f"{line['id']}|||{line['text']}|{folder / line['audio']}" for line in lines]
+    assert (tmp_path / "meta.lst").read_text().splitlines() == meta
     scores = [json.loads(line) for line in (tmp_path / "out/scores.jsonl").read_text().splitlines()]
     by_system = {name: [s for s in scores if s["system"] == name] for name in ("reference", "codec", "copy")}
     assert [len(rows) for rows in by_system.values()] == [3, 3, 3]

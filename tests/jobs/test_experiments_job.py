@@ -1,5 +1,6 @@
 """Experiments as a user types them: what is refused before any work, and how fast it says so."""
 
+import json
 import subprocess
 import sys
 
@@ -47,23 +48,43 @@ def test_help_does_not_wait_for_heavy_libraries(project):
     assert shown.stdout.strip().endswith("[]") and "--lora-ranks" in shown.stdout, shown.stdout[-300:] + shown.stderr
 
 
-def test_recordings_that_are_gone_are_told_without_a_stack(monkeypatch, capsys, tmp_path, local_ray):
+def test_a_speaker_is_heard_and_judged_and_recordings_that_are_gone_are_told_without_a_stack(
+    monkeypatch, capsys, tmp_path, local_ray
+):
     from jobs import experiments
     from tests.pipeline.speaking_model import write_speaker
     from tests.pipeline.speech_samples import write_speakers
 
+    def typed(listen: int) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["experiments", *words.split(), "--listen", str(listen)])
+        return experiments.main(), capsys.readouterr().err
+
     model, codec = write_speaker(tmp_path, ends=1.5)
-    speakers = write_speakers(tmp_path / "speakers", 2, 3)
+    speakers = write_speakers(tmp_path / "speakers", 2, 4)
     words = f"ist-ablation --model {model} --codec {codec} --speakers {speakers} --people 2 --steps 1 --ranks 1 "
-    words += "--lora-ranks 1 --lrs 0.1 --prompts 1 --device cpu --tracking none --recogniser whisper-tiny.en"
+    words += "--lora-ranks= --lrs 0.1 --prompts 1 --device cpu --tracking none --recogniser whisper-tiny.en "
+    words += "--held-out 0.5 --sentences 1"  # one that voices are held against, one that is heard as it was recorded
     monkeypatch.chdir(tmp_path)
-    for more in ([], ["--listen", "1"]):
-        monkeypatch.setattr(sys, "argv", ["experiments", *words.split(), *more])
-        code, told = experiments.main(), capsys.readouterr().err
-        assert (code, "Traceback" in told) == ((2, False) if more else (0, False)), told[-3000:]
-        for file in speakers.parent.glob("*.wav"):
-            file.unlink()
-    assert "experiments: missing-file: " in told
+    code, told = typed(listen=1)
+    assert (code, "Traceback" in told) == (0, False), told[-3000:]
+    found = json.loads((tmp_path / "out/experiments/ist-ablation/results.json").read_text())
+    report, heard = (tmp_path / "out/experiments/report.md").read_text(), found["summary"]["heard"]
+    originals = ["recorded speech", "recorded speech through the codec"]
+    assert [row["system"] for row in heard] == [*originals, *(row["method"] for row in found["summary"]["rows"])]
+    for cell, row in zip(found["cells"], heard, strict=True):
+        (said,) = cell["result"]["spk-000"]["speech"]
+        assert "speech" not in cell["result"].get("spk-001", {})
+        wrong, likeness = row["wer"]["value"], row["similarity"]["value"]
+        assert (wrong, likeness) == pytest.approx((said["word_errors"] / said["words"], said["likeness"]))
+        (line,) = (line for line in report.splitlines() if line.startswith(f"| {row['system']} | 100.0 ["))
+        assert f" | {100 * wrong:.1f} [" in line and f" | {likeness:.3f} [" in line
+    recorded, decoded = (row["similarity"]["value"] for row in heard[:2])
+    assert decoded < recorded < 0.99  # not of a recording with itself
+
+    for file in speakers.parent.glob("*.wav"):
+        file.unlink()
+    code, told = typed(listen=2)
+    assert (code, "Traceback" in told) == (2, False) and "experiments: missing-file: " in told, told[-3000:]
 
 
 def test_an_experiment_is_done_and_tracked(project, tracking_uri, tmp_path):

@@ -83,6 +83,18 @@ def test_wrong_commands_are_refused(monkeypatch, capsys, speaker, tmp_path, word
     assert not list(tmp_path.iterdir())
 
 
+def test_the_embedded_model_and_codec_speak_unless_others_are_named(monkeypatch, project, tmp_path):
+    from jobs import synthesize
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["synthesize", "--text", "Good morning.", "--out", "x.wav"])
+    assert synthesize.main() == 0
+    samples, rate, told = decode((tmp_path / "x.wav").read_bytes())
+    embedded = read_card((project / "model/weights/lina-demo/config.json").read_bytes())
+    assert rate == 24_000 and 0.3 < len(samples) / rate < 5 and np.abs(samples).max() > 0.01
+    assert told.model == embedded.fingerprint and told.details["report"]["faults"] == []
+
+
 def test_without_an_embedded_model_one_is_to_be_named(monkeypatch, capsys, tmp_path):
     from jobs import synthesize
 

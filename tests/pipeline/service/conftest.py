@@ -26,6 +26,7 @@ SETTINGS: dict[str, Any] = {
     "most_samples": 5,
     "longest_sample_s": 20.0,
     "least_seconds": 2.0,
+    "most_seconds": 10.0,
     "most_enrolling": 1,
     "requests_per_minute": 100_000,
 }

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 import re
 import shutil
 import threading
 
 import numpy as np
 import pytest
+import requests
 import torch
 
 from pipeline.service import enrollment_link
@@ -32,7 +34,7 @@ class HeldReader(SampleReader):
 
 @pytest.fixture(scope="module")
 def running(tmp_path_factory):
-    """(address, folder of voices, reader)."""
+    """(address, folder of voices, reader, enrollment stage)."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("page")
@@ -47,7 +49,7 @@ def running(tmp_path_factory):
     with stage(model) as handle, pytest.MonkeyPatch.context() as patch:
         patch.setattr(enrollment_link, "_found", lambda: handle)
         with serving(Service(config, Handle(engine), Handle(reader))) as url:
-            yield url, voices, reader
+            yield url, voices, reader, handle
     engine.speaker.stop()
     torch.set_num_threads(threads)
 
@@ -56,6 +58,7 @@ def running(tmp_path_factory):
 def page(running, chromium):
     from playwright.sync_api import expect
 
+    running[2].free.clear()
     page = chromium.new_page()
     page.set_default_timeout(60_000)
     expect.set_options(timeout=60_000)
@@ -110,6 +113,44 @@ def test_while_a_voice_is_made_another_can_be_prepared_but_not_begun(running, pa
     assert (page.input_value("#name"), page.input_value("#who"), page.is_checked("#consent")) == ("finn", "", False)
     page.click("[aria-label='Delete voice erin']")
     expect(page.locator("#voices")).not_to_contain_text("erin")
+
+
+DROPPED = """(files) => {
+  const data = new DataTransfer();
+  for (const [name, content] of files) {
+    data.items.add(new File([Uint8Array.from(atob(content), (sign) => sign.charCodeAt(0))], name));
+  }
+  const happens = (kind) => new DragEvent(kind, { dataTransfer: data, bubbles: true, cancelable: true });
+  return ["dragover", "drop"].map((kind) => document.getElementById("drop").dispatchEvent(happens(kind)));
+}"""
+
+
+def test_recordings_that_are_dropped_become_a_voice_whose_steps_are_shown(running, page, monkeypatch):
+    from playwright.sync_api import expect
+
+    url, _, reader, deployed = running
+    reader.free.set()
+    files = {"0.flac": recording(4), "0.txt": b"the small boat sailed past a quiet island\n"}
+    dropped = page.evaluate(DROPPED, [[name, base64.b64encode(content).decode()] for name, content in files.items()])
+    assert dropped == [False, False], "the browser opens the file itself"
+    expect(page.locator("#list .file")).to_have_text(["0.flac"])
+    expect(page.locator("#list input")).to_have_value("the small boat sailed past a quiet island")
+    for name, value in (("name", "gina"), ("who", "Gina Example"), ("scope", "tests")):
+        page.fill(f"#{name}", value)
+    page.check("#consent")
+    most = 10**6
+    with stage(deployed._replica.config.model, steps=most, patience=most) as endless:
+        monkeypatch.setattr(deployed, "_replica", endless._replica)
+        page.click("#make")
+        expect(page.locator("#enrolled")).to_have_text(re.compile(rf"Step [1-9]\d* of at most {most}"))
+        assert 0 < page.evaluate("() => document.getElementById('progress').value") < 1
+        told = requests.get(f"{url}/v1/voices/gina", timeout=60).json()
+        assert told["status"] == "tuning" and told["progress"]["state"] == "tuning"
+        assert 0 < told["progress"]["steps"] < told["progress"]["of"] == most
+        page.click("[aria-label='Delete voice gina']")
+        expect(page.locator("#enrolled")).to_contain_text("No voice 'gina'")
+        expect(page.locator("#make")).to_be_enabled()
+        expect(page.locator("#progress")).to_be_hidden()
 
 
 DRAWN = """async ([samples, part]) => {

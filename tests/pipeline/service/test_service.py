@@ -218,6 +218,7 @@ def test_every_other_mistake_has_the_same_shape(service):
         ({"samples": [recording(3), recording(0.1)]}, "invalid_audio", "samples.1"),
         ({"samples": [recording(0.9)]}, "invalid_audio", "samples"),
         ({"samples": [recording(21)]}, "invalid_audio", "samples.0"),
+        ({"samples": [recording(6)] * 2}, "invalid_audio", "samples"),
         ({"texts": []}, "invalid_value", "transcripts"),
         ({"texts": [" "]}, "invalid_value", "transcripts.0"),
         ({"consent_who": " "}, "no_consent", "consent"),
@@ -269,6 +270,10 @@ def test_recordings_become_a_voice_that_speaks_until_it_is_deleted(service):
         voice = service.ask("GET", "/v1/voices/carol").json()
         seen.add(voice["status"])
         if voice["status"] in ("reading", "tuning"):
+            told = voice["progress"]
+            assert told is None or voice["status"] == "tuning"
+            if told and told["state"] != "waiting":
+                assert 0 <= told["steps"] <= told["of"] == 4 and told["place"] is None
             refused = service.ask("POST", "/v1/voices", **form("dave", samples))
             assert refused.status_code in (202, 429), refused.text
             if refused.status_code == 429:
