@@ -108,6 +108,42 @@ def test_a_few_steps_lower_the_loss_and_the_codec_runs() -> None:
     np.testing.assert_allclose(codec.decode([codes])[0], audio, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("full_depth", "first_alone", "shares"),
+    [
+        (0.5, 0.0, [0.125, 0.125, 0.125, 0.625]),
+        (0.4, 0.2, [0.3, 0.1, 0.1, 0.5]),
+        (0.0, 0.0, [0.25, 0.25, 0.25, 0.25]),
+        (1.0, 0.0, [0, 0, 0, 1]),
+        (0.0, 1.0, [1, 0, 0, 0]),
+    ],
+)
+def test_depths_are_drawn_in_the_recipes_shares(full_depth: float, first_alone: float, shares: list[float]) -> None:
+    """All codebooks, the first alone, and of the rest as many for every depth, from one to all of them."""
+    recipe = dataclasses.replace(RECIPE, full_depth=full_depth, first_alone=first_alone)
+    depths = CodecTrainer(dataclasses.replace(TINY, codebooks=4), recipe)._draw_depths(40_000)
+    drawn = torch.bincount(depths, minlength=5) / len(depths)
+    assert drawn.tolist() == pytest.approx([0, *shares], abs=0.012 * (max(shares) < 1))  # five standard deviations
+
+
+@pytest.mark.parametrize(("full_depth", "first_alone", "depth"), [(0.0, 1.0, 1), (1.0, 0.0, 3)])
+def test_the_decoder_learns_from_as_many_codebooks_as_were_drawn(
+    full_depth: float, first_alone: float, depth: int
+) -> None:
+    before = CodecTrainer(TINY, RECIPE)
+    run(before, 5)
+    recipe = dataclasses.replace(RECIPE, decoder_only=True, full_depth=full_depth, first_alone=first_alone)
+    after = CodecTrainer(TINY, recipe)
+    after.start_from(before.weights())
+    heard = []
+    after.networks["decoder"].register_forward_pre_hook(lambda module, inputs: heard.append(inputs[0].detach()))
+    run(after, 1)
+    with torch.no_grad():
+        latent = after.networks["encoder"](speech(0).unsqueeze(1))
+        expected = [after.quantiser(latent, torch.tensor([d, d])).latent for d in (1, 2, 3)]
+    assert [torch.equal(heard[0], latent) for latent in expected] == [d == depth for d in (1, 2, 3)]
+
+
 def test_no_weights_before_the_codebooks() -> None:
     with pytest.raises(CodecError, match="step 4"):
         CodecTrainer(TINY, RECIPE).weights()
@@ -263,6 +299,56 @@ def test_dead_codes_restart() -> None:
     for _ in range(30):
         codes = quantiser(latent, depths, generator).codes
     assert before < 2 and perplexity(codes[:, 0], 16) > 10
+
+
+def quantiser_at(centres: torch.Tensor, decay: float) -> ResidualQuantiser:
+    """In training, at `centres` [codebooks, size, dimension]; no code is ever dead, so none is restarted."""
+    quantiser = ResidualQuantiser(dataclasses.replace(TINY, codebooks=len(centres)), decay, dead_below=0.0)
+    for level, codebook in enumerate(centres):
+        quantiser.begin(level, codebook)
+    return quantiser.train()
+
+
+def test_codes_move_to_the_mean_of_their_vectors_at_the_pace_of_the_decay() -> None:
+    """A code in the middle of nothing stays where it is."""
+    generator = torch.Generator().manual_seed(0)
+    centres = 10 * torch.randn(1, 16, 8, generator=generator)
+    means = centres[0, :15] + 0.5 * torch.randn(15, 8, generator=generator)
+    noise = 0.1 * torch.randn(15, 20, 8, generator=generator)
+    vectors = means.unsqueeze(1) + noise - noise.mean(dim=1, keepdim=True)
+    latent, depths = vectors.view(1, 300, 8).transpose(1, 2), torch.tensor([1])
+    quantiser = quantiser_at(centres, 0.9)
+    for step in range(1, 61):
+        codes = quantiser(latent, depths, generator).codes
+        assert torch.equal(codes.flatten(), torch.arange(15).repeat_interleave(20))
+        left = 0.9**step / (0.9**step + (1 - 0.9**step) * 16 / 15)  # what is left of an even share for each of 16
+        torch.testing.assert_close(quantiser.embed[0, :15], means + left * (centres[0, :15] - means))
+        torch.testing.assert_close(quantiser.embed[0, 15], centres[0, 15])
+
+
+def test_codes_of_every_level_end_at_the_mean_of_what_is_assigned_to_them() -> None:
+    generator = torch.Generator().manual_seed(0)
+    latent = torch.randn(4, 8, 200, generator=generator)
+    quantiser = quantiser_at(torch.randn(3, 16, 8, generator=generator), 0.8)
+    depths = torch.full((4,), 3)
+
+    def away() -> list[float]:
+        """Of each level: the distance of its codes in use from the mean of their vectors, at the most."""
+        codes = quantiser.eval()(latent, depths).codes
+        residual, farthest = latent.transpose(1, 2).reshape(-1, 8), []
+        for level, embed in enumerate(quantiser.embed):
+            chosen = codes[:, level].flatten()
+            means = {code: residual[chosen == code].mean(dim=0) for code in chosen.unique().tolist()}
+            assert len(means) > 4
+            farthest.append(max(float((embed[code] - mean).norm()) for code, mean in means.items()))
+            residual = residual - embed[chosen]
+        quantiser.train()
+        return farthest
+
+    assert min(away()) > 0.5
+    for _ in range(300):
+        quantiser(latent, depths, generator)
+    assert max(away()) < 0.01
 
 
 def test_dropped_levels_give_nothing_and_prefixes_agree() -> None:

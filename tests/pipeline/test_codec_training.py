@@ -279,3 +279,110 @@ def test_batches_are_a_function_of_seed_step_and_worker() -> None:
         np.testing.assert_array_equal(first, pool.batch(1, 7, 0, 3, 4800, varied))
         for other in ((2, 7, 0), (1, 8, 0), (1, 7, 1)):
             assert not np.array_equal(first, pool.batch(*other, 3, 4800, varied))
+
+
+UNVARIED = Augmentation(speed=0, band=0, noise=0, room=0, second_voice=0, lowest_level=-1)
+"""Segments as they were recorded, but for a peak of -1 dB."""
+RATE = 24_000
+
+
+def pool_of(*waves: np.ndarray) -> SpeechPool:
+    samples = [np.round(32_767 * wave).astype(np.int16) for wave in waves]
+    return SpeechPool(np.concatenate(samples), np.cumsum([len(wave) for wave in samples]), RATE)
+
+
+def varied(pool: SpeechPool, samples: int, rows: int = 100, **chances: float) -> np.ndarray:
+    """[rows, samples] with nothing varied but what is named."""
+    return pool.batch(0, 1, 0, rows, samples, dataclasses.replace(UNVARIED, **chances))
+
+
+def tone(frequency: float, samples: int = RATE) -> np.ndarray:
+    return 0.5 * np.sin(2 * np.pi * frequency * np.arange(samples) / RATE)
+
+
+def hiss(samples: int = 4800) -> np.ndarray:
+    return np.random.default_rng(5).uniform(-0.5, 0.5, samples)
+
+
+def decibels(ratio: np.ndarray) -> np.ndarray:
+    return 10 * np.log10(ratio)
+
+
+@pytest.mark.parametrize("name", ["speed", "band", "noise", "room"])
+def test_segments_are_varied_as_often_as_asked(name: str) -> None:
+    pool = pool_of(hiss())
+    recorded = pool.utterance(0) * 10 ** (-1 / 20) / np.abs(pool.utterance(0)).max()
+    for chance in (0.0, 0.3, 1.0):
+        rows = varied(pool, 4800, rows=300, **{name: chance})
+        changed = np.abs(rows - recorded).max(axis=1) > 1e-5
+        assert changed.mean() == pytest.approx(chance, abs=0.1 * (0 < chance < 1))
+
+
+def test_levels_are_spread_evenly_and_are_all_that_changes() -> None:
+    pool = pool_of(hiss())
+    rows = varied(pool, 4800, rows=300, lowest_level=-20)
+    peaks = np.abs(rows).max(axis=1)
+    levels = 2 * decibels(peaks)
+    assert -20.01 < levels.min() < -19 and -2 < levels.max() < -0.99
+    assert levels.mean() == pytest.approx(-10.5, abs=1.3) and levels.std() == pytest.approx(19 / 12**0.5, abs=0.8)
+    recorded = pool.utterance(0) / np.abs(pool.utterance(0)).max()
+    np.testing.assert_allclose(rows / peaks[:, None], np.tile(recorded, (300, 1)), atol=1e-5)
+
+
+def test_another_speed_moves_the_pitch() -> None:
+    pool = pool_of(tone(1000, 2 * RATE))
+    spectra = np.abs(np.fft.rfft(varied(pool, RATE // 2, speed=1) * np.hanning(RATE // 2)))
+    octaves = np.log2(2 * spectra.argmax(axis=1) / 1000)
+    assert np.abs(octaves).max() < 0.325 and octaves.min() < -0.28 and octaves.max() > 0.28
+    assert octaves.mean() == pytest.approx(0, abs=0.08)
+
+
+def test_noise_fills_the_pauses_10_to_45_db_under_the_speech() -> None:
+    pool = pool_of(np.concatenate([tone(1000), np.zeros(RATE)]))
+    assert not varied(pool, 2 * RATE, rows=1)[:, RATE:].any()
+    rows = varied(pool, 2 * RATE, rows=60, noise=1)
+    both, noise = (np.mean(part**2, axis=1) for part in (rows[:, :RATE], rows[:, RATE:]))
+    below = decibels((both - noise) / 2 / noise)  # half of the segment is speech
+    assert 9 < below.min() < 14 and 41 < below.max() < 46
+    power = np.abs(np.fft.rfft(rows[:, RATE:] * np.hanning(RATE))) ** 2
+    falls = decibels(power[:, 200:400].mean(axis=1) / power[:, 6400:12_000].mean(axis=1)) / 5
+    assert -1 < falls.min() < 0.6 and 5 < falls.max() < 7  # dB an octave
+
+
+def test_a_room_leaves_a_tail_behind_the_direct_sound() -> None:
+    click = np.zeros(RATE)
+    click[4800] = 1
+    rows = varied(pool_of(click), RATE, rows=60, room=1)
+    direct, behind = np.abs(rows[:, 4800]), rows[:, 4801:]
+    assert np.abs(rows[:, :4800]).max() < 1e-6 and np.argmax(np.abs(rows), axis=1).tolist() == [4800] * 60
+    loudness = np.sqrt((behind**2).sum(axis=1)) / direct
+    assert 0.09 < loudness.min() < 0.2 and 0.6 < loudness.max() < 0.71
+    first = np.argmax(np.abs(behind) > 1e-5, axis=1) / RATE
+    assert 0.0009 < first.min() < 0.003 and 0.008 < first.max() < 0.0105
+    early, late = ((behind[:, a : a + 1200] ** 2).sum(axis=1) for a in (480, 1680))
+    decays = 60 / (decibels(early / late) / 0.05)  # s to 60 dB down
+    assert 0.08 < decays.min() < 0.15 and 0.45 < decays.max() < 0.8
+
+
+def test_a_narrow_band_loses_what_lies_above_it_and_nothing_else() -> None:
+    pool = pool_of(hiss(12_000))
+    spectra, whole = (
+        np.abs(np.fft.rfft(rows)) for rows in (varied(pool, 12_000, band=1), varied(pool, 12_000, rows=1))
+    )
+    kept = spectra / whole
+    kept /= kept[:, 500:1500].mean(axis=1, keepdims=True)  # bins of 2 Hz
+    highest = [2 * np.flatnonzero(row > 0.01).max() for row in kept]
+    assert 3400 < min(highest) < 4100 and 8600 < max(highest) < 9001
+    np.testing.assert_allclose(kept[:, 50:1700], 1, atol=0.01)
+
+
+def test_a_second_voice_is_another_utterance_not_louder_than_the_first() -> None:
+    pool = pool_of(tone(500, 12_000), tone(2000, 12_000))
+    spectra = np.abs(np.fft.rfft(varied(pool, 12_000, second_voice=1)))
+    voices = np.sort(spectra[:, [250, 1000]], axis=1)
+    two = voices[voices[:, 0] > 0.01 * voices[:, 1]]
+    assert 30 < len(two) < 70, "both are drawn from the same two utterances"
+    below = 2 * decibels(two[:, 1] / two[:, 0])
+    assert below.min() < 2 and 13 < below.max() < 15.01
+    alone = np.sort(np.abs(np.fft.rfft(varied(pool, 12_000)))[:, [250, 1000]], axis=1)
+    assert (alone[:, 0] < 0.01 * alone[:, 1]).all()

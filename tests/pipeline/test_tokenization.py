@@ -15,8 +15,11 @@ import numpy as np
 import psutil
 import pytest
 import soundfile
+from safetensors.torch import load, save
 
 from jobs.tokenize import tokenize
+from model.codec import Codec
+from model.codec_config import CodecError
 from pipeline import samples, tokenization, verification
 from pipeline.finalize import read_summary
 from pipeline.plan import PlanError
@@ -124,6 +127,49 @@ def test_verify_names_what_is_damaged(tmp_path, undisturbed):
 def test_a_changed_configuration_is_refused_with_what_differs(undisturbed, corpus, codec, change, told):
     with pytest.raises(PlanError, match=told):
         tokenize(config_of(corpus, undisturbed, codec, **change), False, False)
+
+
+@pytest.fixture(scope="module")
+def other_codec(codec, tmp_path_factory):
+    """`codec` with other random weights, and the same in all else that an identity tells."""
+    folder = tmp_path_factory.mktemp("other-codec")
+    config = Codec.load(codec).config
+    Codec.random(dataclasses.replace(config, name=config.name.removeprefix("random-for-tests-")), seed=1).save(folder)
+    return str(folder)
+
+
+def test_another_codec_makes_and_decodes_nothing_of_a_dataset(undisturbed, corpus, codec, other_codec):
+    before, mine, other = (contents(undisturbed), *(Codec.load(c).identity.digest for c in (codec, other_codec)))
+    told = f"codec digest: '{mine}' → '{other}'"
+    with pytest.raises(PlanError, match=f"planned otherwise; choose another --output, or undo:\\n  {told}$"):
+        tokenize(config_of(corpus, undisturbed, other_codec), False, False)
+    assert contents(undisturbed) == before
+    plan = verification.load_plan(str(undisturbed))
+    with pytest.raises(CodecError, match=f"made with another codec; name that one with --codec: {told}$"):
+        samples.codec_of(plan, other_codec)
+
+
+def test_a_codec_may_move_and_its_decoder_may_change(tmp_path, undisturbed, corpus, codec):
+    """Codes stay what they are, so nothing is made again."""
+    moved = Codec.load(shutil.copytree(codec, tmp_path / "moved"))
+    weights = load(moved.weights)
+    weights["decoder.model.0.conv.conv.bias"] += 0.1
+    Codec(moved.config, save(weights)).save(tmp_path / "moved")
+    before = contents(undisturbed)
+    assert tokenize(config_of(corpus, undisturbed, str(tmp_path / "moved")), False, False) == 0
+    assert contents(undisturbed) == before
+    plan = verification.load_plan(str(undisturbed))
+    assert samples.codec_of(plan, str(tmp_path / "moved")).digest != moved.digest
+
+
+def test_a_shard_of_another_codec_is_a_fault(tmp_path, undisturbed, other_codec):
+    output = shutil.copytree(undisturbed, tmp_path / "tokens")
+    sidecar = output / "shards/000001.json"
+    facts = json.loads(sidecar.read_text())
+    assert facts["codec"] == verification.load_plan(str(output)).codec
+    sidecar.write_text(json.dumps(facts | {"codec": Codec.load(other_codec).identity.to_dict()}))
+    (fault,) = faults_of(output)
+    assert fault.where == "000001" and "made with another codec than the plan's" in fault.what
 
 
 def test_a_changed_manifest_is_refused(tmp_path, undisturbed, corpus, codec):
