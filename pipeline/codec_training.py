@@ -68,8 +68,8 @@ class TrainCodecConfig(CorpusOptions):
     warmup: int = option(200, "steps to the full learning rate")
     cooldown: float = option(0.3, "share of the steps, at the end, in which the learning rate falls")
     quantise_from: int = option(500, "step at which the codebooks start; 0: from latents of the untrained networks")
-    full_depth: float = option(0.5, "share of the utterances that use all codebooks; the others use some of them")
-    first_alone: float = option(0.0, "share of the utterances that use the first codebook alone")
+    full_depth: float = option(0.5, "share of the utterances that surely use all codebooks; others use one to all")
+    first_alone: float = option(0.0, "share of the utterances that surely use the first codebook alone")
     start_from: str = option("", "codec whose sizes and weights training starts from: demo, encodec_24khz or a folder")
     codec_weights: str | None = option(None, "path or URL of EnCodec's own weights, for machines without internet")
     decoder_only: bool = option(

@@ -26,7 +26,7 @@ class Augmentation:
     noise: float = 0.1
     """Chance of coloured noise, 10 to 45 dB under the speech."""
     room: float = 0.1
-    """Chance of reverberation of 0.1 to 0.6 s."""
+    """Chance of a room whose sound decays by 60 dB in 0.1 to 0.6 s; its tail is heard for 0.3 s."""
     second_voice: float = 0.05
     """Chance of another utterance under the first one."""
     lowest_level: float = -20.0

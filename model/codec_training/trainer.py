@@ -50,9 +50,9 @@ class Recipe:
     quantise_from: int = 300
     """The step at which the codebooks start; until then encoder and decoder learn without them."""
     full_depth: float = 0.5
-    """Share of utterances that use all codebooks; the others use a random number of them."""
+    """Share of utterances that use all codebooks for sure; the others use a random number, from one to all."""
     first_alone: float = 0.0
-    """Share of utterances that use the first codebook alone, as a language model of one codebook will."""
+    """Share of utterances that use the first alone for sure, as a language model of one codebook will."""
     decoder_only: bool = False
     """Leave encoder and codebooks as they are: what was tokenized, and models of it, stay valid."""
     commitment: float = 0.1
