@@ -164,7 +164,8 @@ def train(config: TrainCodecConfig) -> dict[str, float]:
         return train_worker(config, 0, uri, start)
     import ray
     import ray.train
-    from ray.train.torch import TorchTrainer
+
+    from pipeline.ray_trainer import Trainer
 
     cuda = devices.of_cluster(config.device) == "cuda"
     threads = config.threads or 1
@@ -177,7 +178,7 @@ def train(config: TrainCodecConfig) -> dict[str, float]:
         failure_config=ray.train.FailureConfig(max_failures=3),
     )
     desk = training_desk.opened()
-    result = TorchTrainer(
+    result = Trainer(
         _ray_worker,
         train_loop_config={"config": config, "desk": desk, "uri": uri, "start": start},
         scaling_config=scaling,

@@ -40,7 +40,9 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
     """
     import ray
     import ray.train
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchConfig
+
+    from pipeline.ray_trainer import Trainer
 
     config = resolve(config)
     exported = storage.join(config.output, EXPORT, "config.json")
@@ -63,7 +65,7 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
         failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
     )
     with _stopping() as desk:
-        TorchTrainer(
+        Trainer(
             _ray_worker,
             # Where the first worker tracks: the caller's folder is not the worker's
             train_loop_config={
