@@ -252,6 +252,11 @@ def connect(num_cpus: int | None = None, object_store_memory: int | None = None)
     return Connection(folder)
 
 
+def is_own() -> bool:
+    """Whether `connect` started Ray for this process alone: nothing outlives it there, and it has no dashboard."""
+    return _MARK in os.environ and not os.environ.get("RAY_ADDRESS")
+
+
 def _stay_on_loopback() -> None:
     """Keeps Ray on 127.0.0.1, without a token file in HOME and without reports; must precede `ray.init`."""
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import os
-
 from ray.train.torch import TorchTrainer
+
+from infra import cluster
 
 
 class Trainer(TorchTrainer):
-    """Where `infra.cluster.connect` started Ray for this process alone, nothing outlives it, and no dashboard answers.
+    """Leaves Ray Train's cleaner of placement groups out where Ray is this process's own (`infra.cluster.is_own`).
 
-    Ray Train's cleaner of placement groups, which asks the dashboard every second whether the controller lives, would
-    only print that nobody answers; it is left out there.
+    Every second the cleaner asks a dashboard whether the controller lives; there it could only print that none answers.
     """
 
     def _create_default_callbacks(self) -> list:
         callbacks = super()._create_default_callbacks()
-        if os.environ.get("RAY_ADDRESS"):
+        if not cluster.is_own():
             return callbacks
         return [each for each in callbacks if type(each).__name__ != "PlacementGroupCleanerCallback"]

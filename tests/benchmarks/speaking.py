@@ -4,7 +4,8 @@
 
 Speakers are taken from the demo corpora that the model's data were made of: those of split `train` were heard, those of
 `heldout` were not. Each is enrolled by jobs/enroll.py and then says sentences of its own, which jobs/evaluate.py has
-transcribed and compared; one attempt a sentence. `prompt` goes on from a speaker's recording instead.
+transcribed and compared; what has a fault is said again, twice at most. `prompt` goes on from a speaker's recording
+instead. Sentences are unseen as far as --corpora tells, so name all of the model's.
 """
 
 import os
