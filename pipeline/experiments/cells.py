@@ -19,7 +19,7 @@ from infra import storage
 from infra.ray_errors import lost_worker
 
 FOLDER = "cells"
-VERSION = 1
+VERSION = 2
 """Goes up when the same settings come to mean another result."""
 
 Work = Callable[["Cell", Any], tuple[Any, dict[str, Any]]]

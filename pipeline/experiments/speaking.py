@@ -98,43 +98,17 @@ def said(
     synthesizer: Synthesizer, memories: Memories | None, prompt: Sample | None, text: str, seed: int
 ) -> tuple[np.ndarray, dict[str, Any]]:
     """(float32 [time], text, faults, coverage and seconds) of a sentence, from memories or after a prompt."""
-    from pipeline.speech_lines import Line, Voice
+    from pipeline.speech_lines import Line, Prompt, Voice
 
-    rate = synthesizer.card.codec.sample_rate
-    if prompt is None:
-        voice = None
-        if memories is not None:
-            position = None if memories.position is None else memories.position[None]
-            voice = Voice("experiment", [memory[None] for memory in memories.layers], position)
-        spoken = synthesizer.say(Line(text, voice, seed))
-        coverage = min(piece.findings.coverage for piece in spoken.pieces)
-        return spoken.samples, _told(text, spoken.faults, coverage, len(spoken.samples) / rate)
-    return _continued(synthesizer, prompt, text, seed)
-
-
-def _continued(synthesizer: Synthesizer, prompt: Sample, text: str, seed: int) -> tuple[np.ndarray, dict[str, Any]]:
-    import dataclasses
-
-    from model.continuation import continued_speech
-    from pipeline.phonemes import SPACE
-    from pipeline.speech_faults import examine
-    from pipeline.speech_lines import Line, derived
-
-    rate, frame_rate = synthesizer.card.codec.sample_rate, synthesizer.card.codec.frame_rate
-    space = synthesizer.card.inventory.index(SPACE)
-    waves, faults, coverage = [], set(), 1.0
-    for number, take in enumerate(synthesizer.takes("said", Line(text))):
-        policy = dataclasses.replace(synthesizer.policy, max_frames=synthesizer.most_frames(take))
-        speech, before = continued_speech(
-            synthesizer.model, prompt, take.phones, space, policy, derived(seed, number) if number else seed
-        )
-        codes, attention = speech.codes.cpu().numpy(), speech.attention[:, before:].float().cpu().numpy()
-        looked = examine(codes, speech.finished, attention, take.sounds[1:], frame_rate, synthesizer.limits)
-        faults |= set(looked.faults)
-        coverage = min(coverage, looked.coverage)
-        waves.append(synthesizer.decode(codes))
-    wave = np.concatenate(waves)
-    return wave, _told(text, tuple(sorted(faults)), coverage, len(wave) / rate)
+    voice = None
+    if memories is not None:
+        position = None if memories.position is None else memories.position[None]
+        voice = Voice("experiment", [memory[None] for memory in memories.layers], position)
+    spoken = synthesizer.say(Line(text, voice, seed, None if prompt is None else Prompt(prompt)))
+    coverage = min(piece.findings.coverage for piece in spoken.pieces)
+    seconds = len(spoken.samples) / synthesizer.card.codec.sample_rate
+    told = {"text": text, "faults": list(spoken.faults), "coverage": round(coverage, 4)}
+    return spoken.samples, told | {"said_seconds": round(seconds, 3)}
 
 
 def judged(
@@ -160,10 +134,6 @@ def reference_of(kit: Kit, name: str) -> str:
     if not storage.exists(url):
         storage.write_bytes(url, wav(*person.recorded(divided(person, kit.config)[1][0])))
     return url
-
-
-def _told(text: str, faults: tuple[str, ...], coverage: float, seconds: float) -> dict[str, Any]:
-    return {"text": text, "faults": list(faults), "coverage": round(coverage, 4), "said_seconds": round(seconds, 3)}
 
 
 @functools.lru_cache(maxsize=1)
