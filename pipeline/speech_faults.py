@@ -11,7 +11,7 @@ NO_END, TOO_SHORT, REPETITION, STANDING_STILL, SKIPPED = FAULTS = (
     *("repetition", "standing-still", "skipped-text"),
 )
 """`no-end`: cut, as it did not end; `too-short`: faster than anybody speaks; `repetition`: the same codes over and
-over; `standing-still`: one place in the text for too long; `skipped-text`: phones that it never was at."""
+over; `standing-still`: about one place in the text for too long; `skipped-text`: phones that it never was at."""
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,11 @@ class Limits:
     """So long may the first codebook repeat itself, …"""
     longest_period: float = 0.6
     """… one frame over and over or a pattern of up to so many seconds."""
-    still_seconds: float = 2.5
-    """So long may the place in the text move by less than a phone: drawn-out sounds and pauses are shorter."""
+    still_seconds: float = 1.5
+    """In so long the place in the text moves …"""
+    still_phones: float = 3.0
+    """… by so many tokens at least, or by half of a shorter text's sounds: pauses and drawn-out sounds are shorter, and
+    what drifts more slowly is not followed by the voice."""
     attended: float = 0.1
     """A phone was spoken if attention to it ever reached this."""
     skipped_share: float = 0.1
@@ -77,7 +80,7 @@ def examine(
         NO_END: not finished,
         TOO_SHORT: frames < sounds / limits.phones_a_second * frame_rate,
         REPETITION: _repeats(codes[0], limits, frame_rate),
-        STANDING_STILL: _stands_still(attention, window),
+        STANDING_STILL: _least_moved(attention, window) < min(limits.still_phones, sounds / 2),
         SKIPPED: 1 - coverage > limits.skipped_share or _longest_run(~reached) > limits.skipped_run,
     }
     return Findings(tuple(fault for fault, found in checks.items() if found), coverage)
@@ -90,13 +93,13 @@ def _repeats(codes: np.ndarray, limits: Limits, frame_rate: float) -> bool:
     return any(_longest_run(codes[period:] == codes[:-period]) > most for period in periods if period < len(codes))
 
 
-def _stands_still(attention: np.ndarray, window: int) -> bool:
-    """Whether the mean place stays within a phone for a whole window of steps."""
+def _least_moved(attention: np.ndarray, window: int) -> float:
+    """By how many tokens the mean place moves in that window of steps in which it moves least; inf in shorter speech."""
     if len(attention) < window:
-        return False
+        return np.inf
     place = attention @ np.arange(attention.shape[1])
     seen = np.lib.stride_tricks.sliding_window_view(place, window)
-    return bool((seen.max(1) - seen.min(1)).min() < 1)
+    return float((seen.max(1) - seen.min(1)).min())
 
 
 def _longest_run(flags: np.ndarray) -> int:

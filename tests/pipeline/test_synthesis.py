@@ -32,7 +32,7 @@ from pipeline.utterances import Unusable
 from tests.corpora import voiced
 from tests.pipeline.speaking_model import write_speaker, write_voice
 
-ANYTHING = Limits(phones_a_second=1e6, repeated_seconds=1e6, still_seconds=1e6, attended=0, seconds_a_token=0.05)
+ANYTHING = Limits(phones_a_second=1e6, repeated_seconds=1e6, still_phones=0, attended=0, seconds_a_token=0.05)
 """Nothing that ends by itself is a failure."""
 LONG = "The boat sailed past. Was it green? Seven birds sang about rain, and old stone walls; nobody heard them!"
 
@@ -133,6 +133,12 @@ def test_faults_are_told_apart() -> None:
     assert faults(short_loop) == ()
     stuck = np.concatenate([np.linspace(0, 20, 80), np.full(190, 20.2), np.linspace(20, 39, 33)]).round()
     assert faults(where=attention(stuck, 40)) == ("standing-still",)
+    drifting = np.concatenate([np.linspace(0, 20, 80), np.linspace(20, 17, 170), np.linspace(20, 39, 53)]).round()
+    assert faults(where=attention(drifting, 40)) == ("standing-still",)
+    pausing = np.concatenate([np.linspace(0, 20, 150), np.full(80, 20.2), np.linspace(20, 39, 73)]).round()
+    assert faults(where=attention(pausing, 40)) == ()
+    drawn_out = attention(np.array([0, 1, 2, 3]).repeat(35), 4), np.array([False, True, True, False])
+    assert examine(codes[:, :140], True, *drawn_out, 75.0, Limits()).faults == ()
     jump = np.concatenate([np.linspace(0, 15, 150), np.linspace(21, 39, 153)]).round()
     assert faults(where=attention(jump, 40)) == ("skipped-text",)
     assert examine(codes, True, attention(jump, 40), sounds, 75.0, Limits()).coverage == pytest.approx(32 / 37)
