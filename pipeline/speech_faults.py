@@ -94,7 +94,7 @@ def _repeats(codes: np.ndarray, limits: Limits, frame_rate: float) -> bool:
 
 
 def _least_moved(attention: np.ndarray, window: int) -> float:
-    """By how many tokens the mean place moves in that window of steps in which it moves least; inf in shorter speech."""
+    """By how many tokens the mean place moves in the window of steps in which it moves least; inf in shorter speech."""
     if len(attention) < window:
         return np.inf
     place = attention @ np.arange(attention.shape[1])
