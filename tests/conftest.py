@@ -35,11 +35,13 @@ hypothesis.settings.load_profile("lina")
 
 
 LONGEST = (
-    *("test_pretraining", "test_service", "test_tokenize_job", "test_enroll_job", "test_enroll_submitted"),
-    *("test_synthesize_submitted", "test_pretrain_job", "test_tokenization", "test_training_loop", "test_chaos"),
-    *("test_cluster", "test_experiments_job", "test_synthesize_job", "test_evaluate_job", "test_object_store"),
+    *("test_tokenization", "test_pretraining", "test_chaos", "test_tokenize_job", "test_evaluate_job"),
+    *("test_object_store", "test_running", "test_synthesize_submitted", "test_enrollment_stage", "test_service"),
+    *("test_training_engine", "test_codec_training", "test_demo_corpus", "test_enroll_job", "test_synthesize_job"),
+    *("test_enroll_submitted", "test_cluster", "test_serve_job", "test_pretrain_job", "test_experiments_job"),
+    *("test_judging", "test_evaluation", "test_grid", "test_training_loop", "test_tracking"),
 )
-"""Files that start clusters and kill them: minutes each."""
+"""Files that take the longest, the first ones minutes: they start clusters and kill them."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

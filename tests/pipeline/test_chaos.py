@@ -20,7 +20,7 @@ def fixed(tmp_path_factory):
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory, fixed):
     output = tmp_path_factory.mktemp("chaos-quiet") / "tokens"
-    assert finish_run(start_run([*fixed, "--output", str(output)], nodes=2)) == 0
+    assert finish_run(start_run([*fixed, "--output", str(output)], nodes=1)) == 0
     return contents(output)
 
 
