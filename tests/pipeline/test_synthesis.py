@@ -32,7 +32,7 @@ from pipeline.utterances import Unusable
 from tests.corpora import voiced
 from tests.pipeline.speaking_model import write_speaker, write_voice
 
-ANYTHING = Limits(phones_a_second=1e6, repeated_seconds=1e6, still_phones=0, attended=0, seconds_a_token=0.05)
+ANYTHING = Limits(phones_a_second=1e6, repeated_seconds=1e6, still_tokens=0, attended=0, seconds_a_token=0.05)
 """Nothing that ends by itself is a failure."""
 LONG = "The boat sailed past. Was it green? Seven birds sang about rain, and old stone walls; nobody heard them!"
 
