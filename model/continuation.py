@@ -64,7 +64,7 @@ def losses_after(
 def continued_speech(
     model: Lina, prompt: Sample, phones: torch.Tensor, space: int, policy: Policy, seed: int
 ) -> tuple[Speech, int]:
-    """Says a text after a prompt, by itself; `pipeline.synthesis`, which says many at once, is held to it by a test.
+    """Says one text after a prompt, in the plainest way: what says many at once is tested against it.
 
     Args:
         phones: int [J] of what is to be said, `<bos>` and `<eos>` included.

@@ -31,8 +31,8 @@ class Limits:
     still_seconds: float = 1.5
     """In so long the place in the text moves …"""
     still_tokens: float = 3.0
-    """… by so many tokens at least, or by half of a shorter text's sounds: pauses and drawn-out sounds are shorter, and
-    what drifts more slowly is not followed by the voice."""
+    """… by so many tokens at least; in a shorter text by half of its sounds, at least by one. Pauses and drawn-out
+    sounds are shorter, and the voice does not follow what drifts more slowly."""
     attended: float = 0.1
     """A phone was spoken if attention to it ever reached this."""
     skipped_share: float = 0.1
@@ -80,7 +80,7 @@ def examine(
         NO_END: not finished,
         TOO_SHORT: frames < sounds / limits.phones_a_second * frame_rate,
         REPETITION: _repeats(codes[0], limits, frame_rate),
-        STANDING_STILL: _least_moved(attention, window) < min(limits.still_tokens, sounds / 2),
+        STANDING_STILL: _least_moved(attention, window) < min(limits.still_tokens, max(1, sounds / 2)),
         SKIPPED: 1 - coverage > limits.skipped_share or _longest_run(~reached) > limits.skipped_run,
     }
     return Findings(tuple(fault for fault, found in checks.items() if found), coverage)
