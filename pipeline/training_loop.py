@@ -62,6 +62,17 @@ def _start(config: PretrainConfig, resumed: checkpoints.Checkpoint | None) -> tu
     return starting_model(config), starting_card(config).fingerprint
 
 
+def _peak_flops(engine: Engine) -> float:
+    """FLOP a second of one worker; tells where fp32 would reach more, as on CPUs without instructions for bf16."""
+    peak = peak_flops(engine.device, engine.bf16)
+    if engine.bf16 and engine.device.type == "cpu" and (other := peak_flops(engine.device, bf16=False)) > peak:
+        tell(
+            f"pretrain: on this CPU matrix products reach {peak / 1e9:.0f} GFLOP/s in bf16 and {other / 1e9:.0f} in "
+            "fp32: a run with --precision fp32, in another --output, would be faster"
+        )
+    return peak
+
+
 class _Loop:
     """Steps, lines of the log, checkpoints, validations."""
 
@@ -78,8 +89,10 @@ class _Loop:
         self.config, self.engine, self.index, self.run_ = config, engine, index, tracked
         self.asked_to_stop, self.folder, self.started_from = asked_to_stop, config.output, started_from
         self.first = engine.rank == 0
-        peak = peak_flops(engine.device, engine.bf16) * engine.world if self.first else 1.0
-        self.log = StepLog(config, peak, engine.device, tracked, self.folder, skipped) if self.first else None
+        self.log = None
+        if self.first:
+            peak = _peak_flops(engine) * engine.world
+            self.log = StepLog(config, peak, engine.device, tracked, self.folder, skipped)
         self.skipped_in_a_row = 0
 
     def run(self, step: int) -> dict[str, Any]:

@@ -341,3 +341,20 @@ def test_a_run_without_a_name_has_that_of_its_folder(tmp_path: Path, monkeypatch
     names = {output: resolve(PretrainConfig(output=output)).name for output in ("out/ann", "s3://b/lina-169m/", "x")}
     assert names == {"out/ann": "ann", "s3://b/lina-169m/": "lina-169m", "x": "x"}
     assert resolve(PretrainConfig(name="mine", output="out/ann")).name == "mine"
+
+
+@pytest.mark.parametrize(
+    ("bf16", "half", "single", "told"), [(True, 4e9, 50e9, True), (True, 90e9, 50e9, False), (False, 4e9, 50e9, False)]
+)
+def test_bf16_where_the_cpu_is_slower_in_it_is_told(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    bf16: bool,
+    half: float,
+    single: float,
+    told: bool,
+) -> None:
+    monkeypatch.setattr(training_loop, "peak_flops", lambda device, bf16: half if bf16 else single)
+    peak = training_loop._peak_flops(SimpleNamespace(device=CPU, bf16=bf16))
+    assert peak == (half if bf16 else single)
+    assert ("4 GFLOP/s in bf16 and 50 in fp32: a run with --precision fp32" in capsys.readouterr().out) is told
