@@ -29,10 +29,10 @@ def cluster_of(nodes: int) -> Iterator[None]:
     # Not in a test's own folder: the sockets' paths must stay under 108 bytes
     folder = tempfile.mkdtemp(prefix="lr-", dir="/tmp")
     node = {"num_cpus": 1, "object_store_memory": 150_000_000}
-    cluster = Cluster(
-        initialize_head=True,
-        head_node_args=node | {"include_dashboard": False, "temp_dir": folder, "_system_config": quick},
-    )
+    head = node | {"include_dashboard": False, "temp_dir": folder, "_system_config": quick}
+    # No autoscaler, and nobody whom workers' output would be brought to: these take seconds to start
+    head |= {"no_monitor": True, "include_log_monitor": False}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
     for _ in range(nodes - 1):
         cluster.add_node(**node)
     ray.init(address=cluster.address, log_to_driver=False)

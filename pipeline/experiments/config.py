@@ -56,6 +56,9 @@ class ExperimentsConfig:
     recogniser: str = option("whisper-base", "faster-whisper model that judges, by name or folder")
 
     data: str | None = option(None, "gla-vs-attention: token dataset of the twins (default: they stay untrained)")
+    twin_of: str | None = option(
+        None, "exported model that is one of the twins; the other is trained on --data by its recipe, not by these"
+    )
     preset: str = option("tiny", "sizes of the twins: a preset of jobs/pretrain.py, or a JSON file")
     codebooks: int = option(4, "codebooks of the twins")
     train_steps: int = option(200, "of the twins")
@@ -94,6 +97,8 @@ class ExperimentsConfig:
                 raise ValueError(f"{field} must be above 0 and below 1, not {getattr(self, field)}")
         if not 0 < self.learning_rate < math.inf or not self.gpus > 0:
             raise ValueError("learning_rate and gpus must be above 0")
+        if self.twin_of and not self.data:
+            raise ValueError("twin_of needs data: the dataset that this model was trained on")
         for condition in self.conditions:
             condition_of(condition)
 

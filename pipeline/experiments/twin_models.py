@@ -19,6 +19,7 @@ from pipeline.pretrain_config import PretrainConfig
 from pipeline.synthesis import ModelFiles
 
 if TYPE_CHECKING:
+    from model.checkpoint import ModelCard
     from pipeline.shards import Sample
     from pipeline.token_index import TokenIndex
 
@@ -42,17 +43,17 @@ def pretraining(config: ExperimentsConfig, mixer: str, folder: str) -> PretrainC
     Raises:
         ExperimentError: sizes or a recipe that cannot be.
     """
-    same = ("data", "codebooks", "budget", "accumulate", "learning_rate", "warmup", "precision")
-    same += ("valid_fraction", "seed", "device")
+    card = given(config)
+    recipe = _recipe_of(card, config) if card else _recipe(config)
     try:
         settings = PretrainConfig(
-            **{name: getattr(config, name) for name in same},
+            **{name: getattr(config, name) for name in ("data", "accumulate", "device")},
+            **recipe,
             name=f"twin-{mixer}",
             model=config.preset,
             mixer=mixer,
-            steps=config.train_steps,
-            save_every=max(1, config.train_steps // 4),
-            evaluate_every=config.train_steps,
+            save_every=max(1, recipe["steps"] // 4),
+            evaluate_every=recipe["steps"],
             speak=0,
             keep=1,
             threads=config.threads,
@@ -65,8 +66,55 @@ def pretraining(config: ExperimentsConfig, mixer: str, folder: str) -> PretrainC
     return dataclasses.replace(settings, output=storage.join(folder, "runs", name))
 
 
+def given(config: ExperimentsConfig) -> ModelCard | None:
+    """The card of the model in `twin_of`; None where nothing is named. Raises ExperimentError."""
+    from model.checkpoint import CONFIG_FILE, read_card
+
+    if not config.twin_of:
+        return None
+    try:
+        return read_card(storage.read_bytes(storage.join(config.twin_of, CONFIG_FILE)))
+    except storage.UNREADABLE as error:  # ModelError is a ValueError
+        raise ExperimentError(f"twin_of {config.twin_of} is no exported model ({error})") from None
+
+
+def require_data_of(card: ModelCard, index: TokenIndex, config: ExperimentsConfig) -> None:
+    """Raises ExperimentError where the model in `twin_of` has learned from another dataset."""
+    if card.training.get("dataset") != index.digest:
+        raise ExperimentError(
+            f"the model in twin_of {config.twin_of} was trained on the dataset with digest "
+            f"{card.training.get('dataset')}, that of --data {config.data} is {index.digest}: twins want the same"
+        )
+
+
+def _recipe(config: ExperimentsConfig) -> dict[str, Any]:
+    same = ("codebooks", "budget", "learning_rate", "warmup", "precision", "valid_fraction", "seed")
+    return {name: getattr(config, name) for name in same} | {"steps": config.train_steps}
+
+
+def _recipe_of(card: ModelCard, config: ExperimentsConfig) -> dict[str, Any]:
+    """What the model in `twin_of` was trained by, its mixer aside. Raises ExperimentError."""
+    why = f"no twin can be trained as {config.twin_of} was: "
+    if card.training.get("started_from"):
+        raise ExperimentError(f"{why}it started from another model's weights")
+    recipe = dict(card.training.get("config") or {})
+    theirs, mixer = recipe.pop("sizes", None), recipe.pop("mixer", None)
+    unknown = recipe.keys() - {field.name for field in dataclasses.fields(PretrainConfig)}
+    if theirs is None or mixer is None or "steps" not in recipe or unknown:
+        raise ExperimentError(f"{why}its config.json holds no recipe of this version of jobs/pretrain.py")
+    try:
+        ours = PretrainConfig(**recipe, model=config.preset, mixer=mixer).sizes().to_dict()
+    except ValueError as error:
+        raise ExperimentError(f"{why}{error}") from None
+    if differing := [
+        f"{name} {theirs.get(name)}, not {value}" for name, value in ours.items() if theirs.get(name) != value
+    ]:
+        raise ExperimentError(f"{why}its sizes are not those of --preset {config.preset}: {'; '.join(differing)}")
+    return recipe
+
+
 def train(config: ExperimentsConfig, mixer: str, folder: str) -> ModelFiles:
-    """A twin, trained to its end; goes on where it was cut off.
+    """A twin, trained to its end; goes on where it was cut off. What `twin_of` names is taken as it is.
 
     Raises:
         DataError, CheckpointError, PretrainError: as `pipeline.pretraining.pretrain`.
@@ -75,6 +123,8 @@ def train(config: ExperimentsConfig, mixer: str, folder: str) -> ModelFiles:
     from pipeline.pretraining import pretrain
     from pipeline.synthesis import read_model
 
+    if (card := given(config)) and card.sizes.mixer == mixer:
+        return read_model(config.twin_of)
     settings = pretraining(config, mixer, folder)
     pretrain(settings)
     exported = storage.join(settings.output, EXPORT)
@@ -99,10 +149,11 @@ def held_out(config: ExperimentsConfig, mixer: str) -> tuple[TokenIndex, list[in
     """(the dataset, rows that neither twin was trained on, spread evenly over them)."""
     from pipeline.training_data import open_index
 
-    index = open_index(pretraining(config, mixer, config.output))
-    _, held = index.split(config.valid_fraction)
+    settings = pretraining(config, mixer, config.output)
+    index = open_index(settings)
+    _, held = index.split(settings.valid_fraction)
     if not len(held):
-        raise ExperimentError(f"nothing of {config.data} is held out; raise valid_fraction ({config.valid_fraction})")
+        raise ExperimentError(f"nothing of {config.data} is held out; raise valid_fraction ({settings.valid_fraction})")
     places = np.unique(np.linspace(0, len(held) - 1, min(config.valid_most, len(held))).round().astype(int))
     return index, held.rows[places].tolist()
 

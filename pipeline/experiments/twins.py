@@ -45,6 +45,8 @@ def run(config: ExperimentsConfig, folder: str, on_done: Callable[[str, int, int
         from pipeline.training_data import open_index
 
         index = open_index(twin_models.pretraining(config, MIXERS[0], folder))
+        if card := twin_models.given(config):
+            twin_models.require_data_of(card, index, config)
         rate, identity = index.codec["frame_rate"], {"dataset": index.digest}
     timed = _timed(config, rate)
     found = grid.run(folder, timed, decoding.work, None, lambda *n: on_done("decoding", *n), config.threads, gpus)
@@ -147,11 +149,13 @@ def _trained(config: ExperimentsConfig, folder: str, identity: dict[str, Any], o
     from pipeline.bulk_synthesis import codec_of
 
     files, trained, found = {}, [], []
+    card = twin_models.given(config)
     for number, mixer in enumerate(MIXERS):
         on_done("training", number, len(MIXERS))
         files[mixer] = twin_models.train(config, mixer, folder)
-        recipe = twin_models.pretraining(config, mixer, folder).identity()
-        trained.append(Cell(TRAINED, {"mixer": mixer, "recipe": recipe, **identity}))
+        settings = twin_models.pretraining(config, mixer, folder)
+        if not card or card.sizes.mixer != mixer:
+            trained.append(Cell(TRAINED, {"mixer": mixer, "recipe": settings.identity(), **identity}))
     on_done("training", len(MIXERS), len(MIXERS))
     for cell in grid.missing(folder, trained):
         grid.perform(folder, _curve, config, cell)
@@ -161,7 +165,7 @@ def _trained(config: ExperimentsConfig, folder: str, identity: dict[str, Any], o
     same = {
         mixer: {"mixer": mixer, "model": read_card(files[mixer].config).fingerprint, **identity} for mixer in MIXERS
     }
-    most = {"valid_fraction": config.valid_fraction, "valid_most": config.valid_most}
+    most = {"valid_fraction": settings.valid_fraction, "valid_most": config.valid_most}
     cells = [Cell(twin_models.LOSSES, same[mixer] | most) for mixer in MIXERS]
     found += grid.run(folder, cells, twin_models.losses, kit, lambda *n: on_done("losses", *n), config.threads, gpus)
     if config.listen:
@@ -253,6 +257,10 @@ def _timing_claims(found: dict[str, Any]) -> list[Claim]:
 
 def _compared(config: ExperimentsConfig, found: dict[str, Any]) -> list[str]:
     rows = []
+    recipe = twin_models.pretraining(config, MIXERS[0], "")
+    taken = ""
+    if card := twin_models.given(config):
+        taken = f" The {_NAMES[card.sizes.mixer]} twin is {card.training.get('name')}, as it was exported."
     for mixer in MIXERS:
         loss, paper = found["losses"][mixer], PAPER_TABLE[mixer]
         rows.append((_NAMES[mixer], shown(loss), f"{np.exp(loss.value):.1f}", *paper))
@@ -260,8 +268,8 @@ def _compared(config: ExperimentsConfig, found: dict[str, Any]) -> list[str]:
     return [
         *table((*head, "paper: CER %", "paper: WER %", "paper: similarity", "paper: perplexity"), rows),
         "",
-        f"Both trained {config.train_steps} steps of {config.budget} on the same batches, one seed; the paper's "
-        "perplexity is of another codec with one codebook of 4096.",
+        f"Both trained {recipe.steps:,} steps of {recipe.budget:,} on the same batches, one seed; the paper's "
+        f"perplexity is of another codec with one codebook of 4096.{taken}",
         "",
     ]
 

@@ -90,7 +90,7 @@ def test_other_actors_and_another_place_give_the_same_bytes(tmp_path, undisturbe
     moved.mkdir()
     for path in corpus.parent.iterdir():
         os.link(path, moved / path.name)
-    config = config_of(moved / corpus.name, tmp_path / "tokens", codec, codec_actors=1, wave_batches=12)
+    config = config_of(moved / corpus.name, tmp_path / "tokens", codec, codec_actors=1, wave_batches=16)
     assert tokenize(config, False, False) == 0
     mine, theirs = contents(tmp_path / "tokens"), contents(undisturbed)
     assert mine == theirs

@@ -171,6 +171,63 @@ def test_a_twins_folder_is_that_of_its_recipe(twin_config):
     assert len(folders) == 8
 
 
+def write_trained(config: ExperimentsConfig, /, **training: object) -> ExperimentsConfig:
+    """`config` with `twin_of` a model that says it was trained on its data, by a recipe of its own."""
+    from model.checkpoint import ModelCard, save
+    from model.codec_config import CodecIdentity
+    from model.lina import Lina
+    from pipeline.phonemes import INVENTORY
+    from pipeline.pretrain_config import PretrainConfig
+    from pipeline.training_data import open_index
+
+    own = {"steps": 40, "budget": 700, "dropout": 0.05, "beta2": 0.9, "valid_fraction": 0.2}
+    recipe = PretrainConfig(model=config.preset, data=config.data, **own)
+    told = {"name": "mine", "dataset": open_index(recipe).digest, "config": recipe.identity()} | training
+    folder = Path(config.preset).with_name("trained")
+    save(Lina(recipe.sizes()), ModelCard(recipe.sizes(), INVENTORY, CodecIdentity.from_dict(IDENTITY), told), folder)
+    return dataclasses.replace(config, twin_of=str(folder))
+
+
+def test_the_twin_of_a_model_has_its_recipe_and_its_data(twin_config):
+    from pipeline.training_data import open_index
+
+    config = write_trained(twin_config)
+    settings = twin_models.pretraining(config, "attention", "x")
+    card = twin_models.given(config)
+    assert (settings.steps, settings.budget, settings.beta2, settings.sizes().dropout) == (40, 700, 0.9, 0.05)
+    theirs, ours = (dict(identity) for identity in (card.training["config"], settings.identity()))
+    assert ours.pop("sizes") == theirs.pop("sizes") | {"mixer": "attention"}
+    assert ours == theirs | {"mixer": "attention"}
+    weights = twin_models.train(config, "gla", "x").weights
+    assert weights == Path(config.twin_of, "model.safetensors").read_bytes(), "it is taken as it is"
+    twin_models.require_data_of(card, open_index(settings), config)
+    _, rows = twin_models.held_out(config, "gla")
+    assert set(rows) == set(open_index(settings).split(0.2)[1].rows.tolist()), "what this model was not trained on"
+
+
+def test_a_model_that_no_twin_can_be_trained_of_is_refused(twin_config):
+    from pipeline.training_data import open_index
+
+    def refused(config: ExperimentsConfig, match: str) -> None:
+        with pytest.raises(grid.ExperimentError, match=match):
+            twin_models.pretraining(config, "attention", "x")
+
+    refused(write_trained(twin_config, started_from="abc"), "started from another model's weights")
+    refused(write_trained(twin_config, config={}), "holds no recipe of this version")
+    refused(write_trained(twin_config, config={"mixer": "gla", "steps": 1, "sizes": {}, "new": 1}), "holds no recipe")
+    refused(
+        dataclasses.replace(write_trained(twin_config), preset="tiny"),
+        "its sizes are not those of --preset tiny: width",
+    )
+    refused(dataclasses.replace(twin_config, twin_of=twin_config.data), "is no exported model")
+    config = write_trained(twin_config, dataset="another")
+    settings = twin_models.pretraining(config, "attention", "x")
+    with pytest.raises(grid.ExperimentError, match="was trained on the dataset with digest another"):
+        twin_models.require_data_of(twin_models.given(config), open_index(settings), config)
+    with pytest.raises(ValueError, match="twin_of needs data"):
+        dataclasses.replace(config, data=None)
+
+
 def test_losses_that_are_not_finite_are_told_and_not_averaged():
     def outcome(method: dict, **losses: float | None) -> dict:
         rows = {
