@@ -153,9 +153,9 @@ def _trained(config: ExperimentsConfig, folder: str, identity: dict[str, Any], o
     for number, mixer in enumerate(MIXERS):
         on_done("training", number, len(MIXERS))
         files[mixer] = twin_models.train(config, mixer, folder)
-        settings = twin_models.pretraining(config, mixer, folder)
         if not card or card.sizes.mixer != mixer:
-            trained.append(Cell(TRAINED, {"mixer": mixer, "recipe": settings.identity(), **identity}))
+            recipe = twin_models.pretraining(config, mixer, folder).identity()
+            trained.append(Cell(TRAINED, {"mixer": mixer, "recipe": recipe, **identity}))
     on_done("training", len(MIXERS), len(MIXERS))
     for cell in grid.missing(folder, trained):
         grid.perform(folder, _curve, config, cell)
@@ -165,7 +165,8 @@ def _trained(config: ExperimentsConfig, folder: str, identity: dict[str, Any], o
     same = {
         mixer: {"mixer": mixer, "model": read_card(files[mixer].config).fingerprint, **identity} for mixer in MIXERS
     }
-    most = {"valid_fraction": settings.valid_fraction, "valid_most": config.valid_most}
+    fraction = twin_models.pretraining(config, MIXERS[0], folder).valid_fraction
+    most = {"valid_fraction": fraction, "valid_most": config.valid_most}
     cells = [Cell(twin_models.LOSSES, same[mixer] | most) for mixer in MIXERS]
     found += grid.run(folder, cells, twin_models.losses, kit, lambda *n: on_done("losses", *n), config.threads, gpus)
     if config.listen:

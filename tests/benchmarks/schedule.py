@@ -64,15 +64,15 @@ def large(rows: int, shards: int, budget: int) -> None:
     _, seconds = timed(lambda: [schedule.batch(step) for step in some])
     print(f"batch     {1000 * seconds / len(some):8.3f} ms, of {schedule.steps_per_epoch():,} steps an epoch")
     print(f"padding   {schedule.padding(some):8.2%}, {schedule.padding(some, world=8):.2%} on 8 workers")
-    waits = ", ".join(f"{waiting_share(schedule, some[:150], world):.2%} of {world}" for world in (8, 16, 32))
-    print(f"uneven    {waits} workers' time, waiting for the one with most to do")
+    waits = ", ".join(f"{unevenness(schedule, some[:150], world):.2%} on {world}" for world in (8, 16, 32))
+    print(f"uneven    {waits} workers: how much longer steps take than with even parts")
     steps = sum(int(schedule.steps_of(schedule.batch(step)).sum()) for step in some) / len(some)
     print(f"filled    {steps / budget:8.2%}")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     print(f"memory    {peak:8.2f} GB at most, limit {LIMIT_GIGABYTES} GB")
 
 
-def waiting_share(schedule, steps: range, world: int) -> float:
+def unevenness(schedule, steps: range, world: int) -> float:
     """How much longer steps take than if all workers computed equally much, padding included."""
     most = each = 0.0
     for step in steps:
