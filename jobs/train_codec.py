@@ -4,7 +4,8 @@
     python jobs/train_codec.py --config infra/configs/codec/demo.yaml --data data/demo/manifest.jsonl
     ray job submit -- python jobs/train_codec.py --data corpus/manifest.jsonl --output /mnt/codec --workers 8
 
-The same command again goes on where the last one was cut off. Exit codes: 0 done; 1 failed; 2 the command is wrong.
+The same command again goes on where the last one was cut off; SIGTERM, which `ray job stop` sends, writes a checkpoint
+first. Exit codes: 0 done, or stopped with a checkpoint; 1 failed; 2 the command is wrong.
 """
 
 import os
@@ -34,13 +35,13 @@ def main() -> int:
 
     try:
         if config.workers == 1:
-            train(config)
+            reached = train(config)
         else:
             with cluster.connect():
                 from ray.train import TrainingFailedError
 
                 try:
-                    train(config)
+                    reached = train(config)
                 except TrainingFailedError as error:
                     print(f"train_codec: training failed: {error}", file=sys.stderr)
                     return 1
@@ -50,6 +51,9 @@ def main() -> int:
     except (CodecError, ManifestError, cluster.ClusterError, tracking.TrackingError) as error:
         print(f"train_codec: {error}", file=sys.stderr)
         return 2
+    if reached["step"] < config.steps:
+        print(f"train_codec: stopped after step {reached['step']:.0f} of {config.steps}; the same command goes on")
+        return 0
     print(f"train_codec: the codec is in {os.path.join(config.output, EXPORT)}; use it with --codec")
     return 0
 

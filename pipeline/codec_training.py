@@ -12,9 +12,12 @@ and threads it ends in the same weights as a run that was not.
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import io
 import json
+import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -146,7 +149,8 @@ class TrainCodecConfig(CorpusOptions):
 
 
 def train(config: TrainCodecConfig) -> dict[str, float]:
-    """Trains to the last step, from the checkpoint in `output` if there is one; returns the last log line's numbers.
+    """Trains to the last step, or until SIGTERM, from the checkpoint in `output` if there is one; returns the last log
+    line's numbers and the `step` that was reached.
 
     Raises:
         CodecError: no usable speech, a checkpoint of another architecture or start.
@@ -161,7 +165,9 @@ def train(config: TrainCodecConfig) -> dict[str, float]:
     make_pools(config)
     uri = tracking.resolved(config.tracking)
     if config.workers == 1:
-        return train_worker(config, 0, uri, start)
+        asked = threading.Event()
+        with training_desk.on_term("train_codec", asked.set):
+            return train_worker(config, 0, uri, start, asked.is_set)
     import ray
     import ray.train
 
@@ -178,15 +184,16 @@ def train(config: TrainCodecConfig) -> dict[str, float]:
         failure_config=ray.train.FailureConfig(max_failures=3),
     )
     desk = training_desk.opened()
-    result = Trainer(
-        _ray_worker,
-        train_loop_config={"config": config, "desk": desk, "uri": uri, "start": start},
-        scaling_config=scaling,
-        run_config=run,
-    ).fit()
+    with training_desk.on_term("train_codec", desk.ask.remote):
+        Trainer(
+            _ray_worker,
+            train_loop_config={"config": config, "desk": desk, "uri": uri, "start": start},
+            scaling_config=scaling,
+            run_config=run,
+        ).fit()
     if error := ray.get(desk.given_up.remote()):
         raise error
-    return {name: value for name, value in (result.metrics or {}).items() if isinstance(value, float)}
+    return ray.get(desk.results.remote())
 
 
 def resolve(config: TrainCodecConfig) -> TrainCodecConfig:
@@ -238,16 +245,20 @@ def _ray_worker(settings: dict[str, Any]) -> None:
         return
     try:
         rank = ray.train.get_context().get_world_rank()
-        metrics = train_worker(settings["config"], rank, settings["uri"], settings["start"])
+        asked_to_stop = training_desk.question(desk) if rank == 0 else lambda: False
+        metrics = train_worker(settings["config"], rank, settings["uri"], settings["start"], asked_to_stop)
     except CodecError as error:
         ray.get(desk.give_up.remote(error))
         raise
-    ray.train.report(metrics)
+    if rank == 0:
+        ray.get(desk.finish.remote(metrics))
 
 
-def train_worker(config: TrainCodecConfig, rank: int, uri: str, start: ResolvedCodec | None) -> dict[str, float]:
+def train_worker(
+    config: TrainCodecConfig, rank: int, uri: str, start: ResolvedCodec | None, asked_to_stop: Callable[[], bool]
+) -> dict[str, float]:
     """One worker's loop, from the checkpoint, `start` or random weights; the first worker logs, to MLflow at `uri`,
-    saves and validates."""
+    saves and validates. All end after the step in which one was asked to."""
     import torch
 
     from model.codec_training.trainer import CodecTrainer
@@ -268,20 +279,28 @@ def train_worker(config: TrainCodecConfig, rank: int, uri: str, start: ResolvedC
         if rank == 0:
             tracking.remember_run(output, run)
             run.log_input(config.name, pool.digest, config.data, "training")
-        return _loop(config, trainer, pool, run, rank, output)
+        return _loop(config, trainer, pool, run, rank, output, asked_to_stop)
 
 
 def _loop(
-    config: TrainCodecConfig, trainer: CodecTrainer, pool: SpeechPool, run: tracking.Run, rank: int, output: str
+    config: TrainCodecConfig,
+    trainer: CodecTrainer,
+    pool: SpeechPool,
+    run: tracking.Run,
+    rank: int,
+    output: str,
+    asked_to_stop: Callable[[], bool],
 ) -> dict[str, float]:
     import torch
+
+    from model.codec_training.quantiser import on_all_workers
 
     if trainer.step_number == 0 and config.quantise_from == 0 and not trainer.quantiser.started:
         # Every worker remembers the same latents, so that their codebooks start equal
         trainer.prime(torch.from_numpy(pool.batch(config.seed, n, 0, 8, config.samples, STARTING)) for n in range(56))
     log = _Log(config)
-    skipped = 0
-    while trainer.step_number < config.steps:
+    skipped, going_on = 0, True
+    while going_on and trainer.step_number < config.steps:
         rows = pool.batch(
             config.seed,
             trainer.step_number,
@@ -301,19 +320,20 @@ def _loop(
                 raise TrainingFailed(
                     f"{skipped} steps in a row without finite gradients; lower the learning rate"
                 ) from None
+        going_on = on_all_workers(not asked_to_stop(), trainer.device)
         step, last = trainer.step_number, trainer.step_number == config.steps
         if rank:
             continue
         if step % config.log_every == 0 or last:
             run.log_metrics(log.line(step), step)
-        if step % config.save_every == 0 or last:
+        if step % config.save_every == 0 or last or not going_on:
             save_checkpoint(trainer, output)
         if trainer.quantiser.started and (step % config.evaluate_every == 0 or last):
             run.log_metrics(validate(trainer, output, run), step)
     if rank == 0 and trainer.step_number >= config.steps and trainer.quantiser.started:
         save_checkpoint(trainer, output)
         export(trainer, output)
-    return log.latest
+    return log.latest | {"step": float(trainer.step_number)}
 
 
 class _Log:
@@ -332,8 +352,10 @@ class _Log:
         seconds = time.monotonic() - self.since
         speech = len(self.rows) * self.config.batch * self.config.segment
         means["audio_seconds_per_second"] = speech / max(seconds, 1e-9)
+        left = datetime.timedelta(seconds=round(seconds / len(self.rows) * (self.config.steps - step)))
         self.latest, self.rows, self.since = means, [], time.monotonic()
-        print(f"step {step} " + " ".join(f"{name} {value:.4g}" for name, value in means.items()), flush=True)
+        told = " ".join(f"{name} {value:.4g}" for name, value in means.items())
+        print(f"step {step} {told} left {left}", flush=True)
         return means
 
 

@@ -11,9 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import signal
-import sys
-from contextlib import contextmanager
 from typing import Any
 
 from infra import storage, tracking
@@ -64,7 +61,8 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
         storage_filesystem=arrow,
         failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
     )
-    with _stopping() as desk:
+    desk = training_desk.opened()
+    with training_desk.on_term("pretrain", desk.ask.remote):
         Trainer(
             _ray_worker,
             # Where the first worker tracks: the caller's folder is not the worker's
@@ -120,27 +118,6 @@ def device_of(config: PretrainConfig) -> tuple[str, str]:
     return "cpu", "auto: no GPU is up; --device cuda waits for one"
 
 
-@contextmanager
-def _stopping():
-    """SIGTERM (what `ray job stop` and machines that go away send) ends the run after its step, with a checkpoint."""
-    import threading
-
-    desk = training_desk.opened()
-
-    def on_term(number, frame) -> None:
-        print("pretrain: asked to stop; writing a checkpoint after this step", file=sys.stderr, flush=True)
-        desk.ask.remote()
-
-    if threading.current_thread() is not threading.main_thread():
-        yield desk
-        return
-    before = signal.signal(signal.SIGTERM, on_term)
-    try:
-        yield desk
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
 def _ray_worker(settings: dict[str, Any]) -> None:
     """One worker: DeepSpeed finds the process group that Ray Train has made."""
     import ray
@@ -156,20 +133,9 @@ def _ray_worker(settings: dict[str, Any]) -> None:
     ):
         os.environ[name] = str(value)
     torch.set_num_threads(settings["threads"])
-    desk, waiting = settings["desk"], []
-
-    def asked_to_stop() -> bool:
-        """Without waiting for the answer: it is that of a question put some steps ago."""
-        if context.get_world_rank():
-            return False
-        if not waiting:
-            waiting.append(desk.was_asked.remote())
-        ready, _ = ray.wait(waiting, timeout=0)
-        if not ready:
-            return False
-        waiting.clear()
-        return ray.get(ready[0])
-
+    desk = settings["desk"]
+    first = context.get_world_rank() == 0
+    asked_to_stop = training_desk.question(desk) if first else lambda: False
     if ray.get(desk.given_up.remote()):
         return
     from pipeline.training_loop import train
@@ -182,7 +148,7 @@ def _ray_worker(settings: dict[str, Any]) -> None:
             told = error if refused else TrainingFailed(f"{type(error).__name__}: {error}")
             ray.get(desk.give_up.remote(told))
         raise
-    if context.get_world_rank() == 0:
+    if first:
         ray.get(desk.finish.remote(metrics))
 
 

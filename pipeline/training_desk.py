@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 
@@ -39,3 +44,40 @@ def opened() -> Any:
 
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     return ray.remote(num_cpus=0, scheduling_strategy=here)(Desk).remote()
+
+
+def question(desk: Any) -> Callable[[], bool]:
+    """Whether a stop was asked for, as a function that never waits: its answer is to what it asked some steps ago."""
+    import ray
+
+    waiting = []
+
+    def asked_to_stop() -> bool:
+        if not waiting:
+            waiting.append(desk.was_asked.remote())
+        ready, _ = ray.wait(waiting, timeout=0)
+        if not ready:
+            return False
+        waiting.clear()
+        return ray.get(ready[0])
+
+    return asked_to_stop
+
+
+@contextmanager
+def on_term(job: str, ask: Callable[[], object]) -> Iterator[None]:
+    """SIGTERM (what `ray job stop` and machines that go away send) calls `ask` and is told of in the name of `job`;
+    outside the main thread, which alone can be told how to take signals, nothing changes."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def taken(number, frame) -> None:
+        print(f"{job}: asked to stop; writing a checkpoint after this step", file=sys.stderr, flush=True)
+        ask()
+
+    before = signal.signal(signal.SIGTERM, taken)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

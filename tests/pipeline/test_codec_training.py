@@ -5,17 +5,22 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import signal
+import subprocess
+import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
 import torch
+import yaml
 
 from infra import storage
 from model.codec import Codec
 from model.codec_config import CodecError
-from pipeline import audio, codec_training, codec_weights
+from pipeline import audio, codec_training, codec_weights, training_desk
 from pipeline.codec_pools import make_pools
 from pipeline.codec_training import TrainCodecConfig, train
 from pipeline.speech_pool import Augmentation, SpeechPool
@@ -64,6 +69,25 @@ def test_cut_off_and_resumed_ends_in_the_same_weights(corpus: Path, tmp_path: Pa
     whole, cut = (Codec.load(tmp_path / name / "export") for name in ("whole", "cut"))
     assert whole.digest == cut.digest
     assert whole.encode([np.zeros(4000, np.float32)])[0].shape == (2, 50)
+
+
+def test_a_job_that_is_told_to_end_keeps_what_it_reached(corpus: Path, tmp_path: Path, project: Path) -> None:
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(SMALL | {"save_every": 100_000, "ratios": [5, 4, 4]}))
+    command = [sys.executable, str(project / "jobs/train_codec.py"), "--config", str(tmp_path / "config.yaml")]
+    command += ["--data", str(corpus), "--output", str(tmp_path / "run")]
+    with subprocess.Popen([*command, "--steps", "100000"], stdout=subprocess.PIPE, text=True) as job:
+        told = next(line for line in job.stdout if line.startswith("step 4 "))
+        assert " left " in told
+        job.send_signal(signal.SIGTERM)
+        *_, last = job.stdout
+    step = torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)["step"]
+    assert (job.returncode, last) == (
+        0,
+        f"train_codec: stopped after step {step} of 100000; the same command goes on\n",
+    )
+    more = subprocess.run([*command, "--steps", str(step + 2)], capture_output=True, text=True)
+    steps = [int(line.split()[1]) for line in more.stdout.splitlines() if line.startswith("step ")]
+    assert more.returncode == 0 and min(steps) > step, more.stderr
 
 
 def test_a_storage_that_fails_costs_only_what_it_never_gives(corpus: Path, tmp_path: Path, monkeypatch) -> None:
@@ -230,6 +254,18 @@ def test_two_ray_workers_share_one_codec(
     assert Codec.load(tmp_path / "two" / "export").identity.name == "tiny"
     state = torch.load(tmp_path / "two" / "checkpoint.pt", weights_only=True)
     assert state["step"] == 6
+
+
+def test_workers_that_are_asked_to_stop_end_together(corpus: Path, tmp_path: Path, local_ray, monkeypatch) -> None:
+    @contextmanager
+    def at_once(job, ask):
+        ask()
+        yield
+
+    monkeypatch.setattr(training_desk, "on_term", at_once)
+    reached = train(settings(corpus, tmp_path, workers=2, steps=100_000, save_every=100_000))
+    assert 0 < reached["step"] < 100_000
+    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] == reached["step"]
 
 
 def test_workers_are_not_started_again_for_what_would_come_again(corpus: Path, tmp_path: Path, local_ray) -> None:
