@@ -352,7 +352,7 @@ class _Log:
         seconds = time.monotonic() - self.since
         speech = len(self.rows) * self.config.batch * self.config.segment
         means["audio_seconds_per_second"] = speech / max(seconds, 1e-9)
-        left = datetime.timedelta(seconds=round(seconds / len(self.rows) * (self.config.steps - step)))
+        left = datetime.timedelta(seconds=round(seconds / max(1, len(self.rows)) * (self.config.steps - step)))
         self.latest, self.rows, self.since = means, [], time.monotonic()
         told = " ".join(f"{name} {value:.4g}" for name, value in means.items())
         print(f"step {step} {told} left {left}", flush=True)
