@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 from infra import cluster
 from model.codec_config import CodecError
@@ -48,10 +49,13 @@ def test_codec_training(monkeypatch, capsys, workers: str, error: Exception, cod
 
 
 def test_a_codec_whose_gradients_are_never_finite_failed() -> None:
-    trainer = SimpleNamespace(step_number=0, step=fails(FloatingPointError("not finite")), quantiser=None)
+    trainer = SimpleNamespace(
+        step_number=0, step=fails(FloatingPointError("not finite")), quantiser=None, device=torch.device("cpu")
+    )
     pool = SimpleNamespace(batch=lambda *_: np.zeros((1, 1), np.float32))
+    config = codec_training.TrainCodecConfig()
     with pytest.raises(codec_training.TrainingFailed, match="20 steps in a row"):
-        codec_training._loop(codec_training.TrainCodecConfig(), trainer, pool, run=None, rank=1, output="")
+        codec_training._loop(config, trainer, pool, run=None, rank=1, output="", asked_to_stop=lambda: False)
 
 
 def test_tokenizing(monkeypatch, capsys) -> None:
