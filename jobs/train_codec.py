@@ -18,7 +18,9 @@ if __name__ == "__main__":
 import argparse
 
 from infra import config as configs
-from pipeline.codec_training import EXPORT, TrainCodecConfig, TrainingFailed, train
+from pipeline.codec_checkpoints import EXPORT
+from pipeline.codec_training import TrainingFailed, train
+from pipeline.train_codec_config import TrainCodecConfig
 
 
 def main() -> int:

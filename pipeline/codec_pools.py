@@ -16,8 +16,8 @@ from model.codec_config import CodecError
 from pipeline.speech_pool import SpeechPool
 
 if TYPE_CHECKING:
-    from pipeline.codec_training import TrainCodecConfig
     from pipeline.manifests import Manifest
+    from pipeline.train_codec_config import TrainCodecConfig
 
 _HELD_OUT = ("heldout", "test")
 """Values of a manifest's `split` column that are never trained on."""

@@ -12,7 +12,8 @@ import torch
 
 from infra import cluster
 from model.codec_config import CodecError
-from pipeline import codec_training, pretraining, tokenization
+from pipeline import codec_training, codec_training_loop, pretraining, tokenization
+from pipeline.train_codec_config import TrainCodecConfig
 from pipeline.training_start import PretrainError
 
 
@@ -53,9 +54,9 @@ def test_a_codec_whose_gradients_are_never_finite_failed() -> None:
         step_number=0, step=fails(FloatingPointError("not finite")), quantiser=None, device=torch.device("cpu")
     )
     pool = SimpleNamespace(batch=lambda *_: np.zeros((1, 1), np.float32))
-    config = codec_training.TrainCodecConfig()
+    config = TrainCodecConfig()
     with pytest.raises(codec_training.TrainingFailed, match="20 steps in a row"):
-        codec_training._loop(config, trainer, pool, run=None, rank=1, output="", asked_to_stop=lambda: False)
+        codec_training_loop._Loop(config, trainer, pool, None, lambda: False, rank=1).run()
 
 
 def test_tokenizing(monkeypatch, capsys) -> None:

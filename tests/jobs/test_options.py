@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 
 from infra.config import add_arguments, from_arguments
-from pipeline.codec_training import TrainCodecConfig
 from pipeline.enroll_config import EnrollConfig
 from pipeline.evaluate_config import EvaluateConfig
 from pipeline.experiments.config import ExperimentsConfig
 from pipeline.pretrain_config import PretrainConfig
 from pipeline.synthesize_config import SynthesizeConfig
 from pipeline.tokenize_config import TokenizeConfig
+from pipeline.train_codec_config import TrainCodecConfig
 
 NEEDED = {EnrollConfig: {"speakers": "x"}, EvaluateConfig: {"set": "x"}, SynthesizeConfig: {"script": "x"}}
 

@@ -20,10 +20,11 @@ import yaml
 from infra import storage
 from model.codec import Codec
 from model.codec_config import CodecError
-from pipeline import audio, codec_training, codec_weights, training_desk
+from pipeline import audio, codec_weights, training_desk
 from pipeline.codec_pools import make_pools
-from pipeline.codec_training import TrainCodecConfig, train
+from pipeline.codec_training import train
 from pipeline.speech_pool import Augmentation, SpeechPool
+from pipeline.train_codec_config import TrainCodecConfig
 
 SMALL = dict(
     name="tiny", filters=4, ratios=(5, 4, 4), dimension=8, lstm_layers=0, codebooks=2, codebook_size=16, batch=2,
@@ -55,7 +56,7 @@ def settings(corpus: Path, folder: Path, /, **values) -> TrainCodecConfig:
 
 def test_cut_off_and_resumed_ends_in_the_same_weights(corpus: Path, tmp_path: Path, monkeypatch) -> None:
     train(settings(corpus, tmp_path / "whole"))
-    steps = codec_training.SpeechPool.batch
+    steps = SpeechPool.batch
 
     def dies_at_step_5(pool, seed, step, *rest):
         if step == 5:
@@ -63,7 +64,7 @@ def test_cut_off_and_resumed_ends_in_the_same_weights(corpus: Path, tmp_path: Pa
         return steps(pool, seed, step, *rest)
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(codec_training.SpeechPool, "batch", dies_at_step_5)
+        patched.setattr(SpeechPool, "batch", dies_at_step_5)
         train(settings(corpus, tmp_path / "cut"))
     train(settings(corpus, tmp_path / "cut"))
     whole, cut = (Codec.load(tmp_path / name / "export") for name in ("whole", "cut"))
@@ -185,16 +186,16 @@ def test_corpora_are_opened_as_tokenize_opens_them(corpus: Path, tmp_path: Path)
     table = tmp_path / "rows.txt"
     table.write_text("audio\n0.wav\n1.wav\n2.wav\n", encoding="utf-8")
     named = {"kind": "csv", "audio_root": str(corpus.parent)}
-    codec_training.make_pools(settings(table, tmp_path / "table", **named))
+    make_pools(settings(table, tmp_path / "table", **named))
     recordings = {"corpus": "librilight", "root": str(corpus.parent)}
-    codec_training.make_pools(settings(tmp_path / "not-read", tmp_path / "folder", **recordings))
+    make_pools(settings(tmp_path / "not-read", tmp_path / "folder", **recordings))
     facts = [json.loads((tmp_path / name / "data.json").read_text()) for name in ("table", "folder")]
     assert [made["manifest"]["kind"] for made in facts] == ["csv", "librilight"]
     assert [(made["utterances"], made["valid_utterances"]) for made in facts] == [(2, 1), (5, 1)]
 
 
 def test_pools_leave_out_what_is_held_out_or_unusable(corpus: Path, tmp_path: Path) -> None:
-    codec_training.make_pools(settings(corpus, tmp_path))
+    make_pools(settings(corpus, tmp_path))
     facts = json.loads((tmp_path / "data.json").read_text())
     assert facts["utterances"] == 4 and facts["valid_utterances"] == 1 and facts["rejects"] == {"missing-file": 1}
 
@@ -203,25 +204,25 @@ def test_what_comes_first_need_not_be_usable(corpus: Path, tmp_path: Path) -> No
     *rows, gone = map(json.loads, corpus.read_text().splitlines())
     manifest = corpus.parent / "late.jsonl"
     manifest.write_text("\n".join(map(json.dumps, (rows[4], gone, *rows[:2]))), encoding="utf-8")
-    codec_training.make_pools(settings(manifest, tmp_path / "two"))
+    make_pools(settings(manifest, tmp_path / "two"))
     facts = json.loads((tmp_path / "two" / "data.json").read_text())
     assert (facts["utterances"], facts["valid_utterances"], facts["rejects"]) == (1, 1, {"missing-file": 1})
     manifest.write_text("\n".join(map(json.dumps, (gone, rows[0]))), encoding="utf-8")
     with pytest.raises(CodecError, match=r"two utterances are the least; rejects \{'missing-file': 1\}"):
-        codec_training.make_pools(settings(manifest, tmp_path / "one"))
+        make_pools(settings(manifest, tmp_path / "one"))
 
 
 def test_a_corpus_may_move_but_not_change(corpus: Path, tmp_path: Path) -> None:
     moved = corpus.parent / "moved.jsonl"
     moved.write_bytes(corpus.read_bytes())
     run = settings(moved, tmp_path / "run")
-    codec_training.make_pools(settings(corpus, tmp_path / "run"))
-    codec_training.make_pools(run)
+    make_pools(settings(corpus, tmp_path / "run"))
+    make_pools(run)
     moved.write_text("\n".join(corpus.read_text().splitlines()[:3]), encoding="utf-8")
     with pytest.raises(CodecError, match=r"sha256.*another --output, or delete .*data\.json"):
-        codec_training.make_pools(run)
+        make_pools(run)
     (tmp_path / "run" / "data.json").unlink()
-    codec_training.make_pools(run)
+    make_pools(run)
     assert json.loads((tmp_path / "run" / "data.json").read_text())["utterances"] == 2
 
 
