@@ -49,7 +49,8 @@ def finish_run(run: subprocess.Popen, patience: float = 300.0) -> int:
         end(run)
         raise AssertionError(f"a run hung: {run.communicate()[0].decode()[-3000:]}") from None
     if run.returncode not in (0, -signal.SIGKILL):
-        print(output.decode()[-3000:], file=sys.stderr)
+        told = [line for line in output.decode().splitlines() if "[state-dump]" not in line]  # of a killed raylet
+        print("\n".join(told)[-6000:], file=sys.stderr)
     return run.returncode
 
 

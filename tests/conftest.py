@@ -23,6 +23,8 @@ os.environ.update(
     MLFLOW_SERVER_ENABLE_JOB_EXECUTION="false",
 )
 os.environ.setdefault("MPLBACKEND", "Agg")
+# Threads that wait for each other beside other processes mostly wait: files run at once, one thread each
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.update(KEEP_WORKERS)
 for name in ("RAY_ADDRESS", "RAY_JOB_CONFIG_JSON_ENV_VAR", "MLFLOW_RUN_ID"):
     os.environ.pop(name, None)
@@ -39,7 +41,8 @@ LONGEST = (
     *("test_object_store", "test_running", "test_synthesize_submitted", "test_enrollment_stage", "test_service"),
     *("test_training_engine", "test_codec_training", "test_demo_corpus", "test_enroll_job", "test_synthesize_job"),
     *("test_enroll_submitted", "test_cluster", "test_serve_job", "test_pretrain_job", "test_experiments_job"),
-    *("test_judging", "test_evaluation", "test_grid", "test_training_loop", "test_tracking"),
+    *("test_voice_tuning", "test_judging", "test_evaluation", "test_synthesis", "test_grid", "test_training_loop"),
+    *("test_tracking", "test_continuous_batch", "test_codec", "test_speaker"),
 )
 """Files that take the longest, the first ones minutes: they start clusters and kill them."""
 

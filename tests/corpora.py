@@ -43,6 +43,8 @@ def write_codec(folder: Path) -> str:
     from model.codec import Codec
     from model.codec_config import ENCODEC_24KHZ
 
-    config = dataclasses.replace(ENCODEC_24KHZ, name="tests", filters=4, lstm_layers=0)
+    config = dataclasses.replace(
+        ENCODEC_24KHZ, name="tests", filters=4, ratios=(2, 4, 5, 8), dimension=32, lstm_layers=0
+    )
     Codec.random(config, seed=0).save(folder)
     return str(folder)
