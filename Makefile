@@ -55,7 +55,7 @@ cluster-stop:
 	@$(PY) -m infra.cluster stop
 
 test: $(VENV)/.dev
-	$(PY) -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder $(ARGS)
+	$(PY) -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 bench: $(VENV)/.dev
 	$(PY) tests/benchmarks/tokenize.py $(ARGS)

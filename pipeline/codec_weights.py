@@ -25,7 +25,7 @@ NAMES = ("encodec_24khz", "demo")
 """Codecs that are known by name; every other one is a folder."""
 
 DEMO_FOLDER = Path(__file__).parent.parent / "model" / "weights" / "codec-demo"
-DEMO_DIGEST = "f37aa1f770107d9033dac8a510ca820f05d22da8d27bab5d2a477f22c608439b"
+DEMO_DIGEST = "54ecd342a62f80d6cb5b81574f247fd2e0dd38aa61a25828a23f2719335ec641"
 """sha256 of the weights in `DEMO_FOLDER`; changes with every retraining."""
 DEMO_CODES = "9f1a95f954e57049a9d83eedcd00c6e83aa87203bebf3e72c7b48d754224670b"
 """Digest of its identity; stays where the decoder alone was trained."""
