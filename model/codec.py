@@ -263,10 +263,11 @@ def read_config(content: bytes | str) -> CodecConfig:
     return CodecConfig.from_dict(values)
 
 
-def weights_from_training(config: CodecConfig, state: dict[str, torch.Tensor]) -> bytes:
+def weights_from_training(config: CodecConfig, state: dict[str, torch.Tensor], half: bool = False) -> bytes:
     """The safetensors file of a training state: weight norm multiplied in, what only training needs left out.
 
-    `state` has EnCodec's names, with `weight_g`/`weight_v` pairs or plain `weight`s.
+    `state` has EnCodec's names, with `weight_g`/`weight_v` pairs or plain `weight`s. With `half`, weights and codebooks
+    are kept in float16, which makes the file half as long, and biases in float32.
     """
     import torch
     from safetensors.torch import save
@@ -278,6 +279,8 @@ def weights_from_training(config: CodecConfig, state: dict[str, torch.Tensor]) -
             tensors[name.removesuffix("_g")] = torch._weight_norm(direction, value.float(), 0).contiguous()
         elif not name.endswith(("weight_v", "inited", "cluster_size", "embed_avg")):
             tensors[name] = value.float().contiguous()
+    if half:
+        tensors = {name: value.half() if value.dim() > 1 else value for name, value in tensors.items()}
     return save({name: value.detach().cpu().clone() for name, value in tensors.items()})
 
 

@@ -52,7 +52,8 @@ def codec_of(config: SynthesizeConfig, files: ModelFiles) -> ResolvedCodec:
     """
     wanted, name = read_card(files.config).codec, config.codec
     if name is None:
-        name = "demo" if wanted.digest == codec_weights.DEMO_CODES else wanted.name
+        embedded = {codec.codes: name for name, codec in codec_weights.EMBEDDED.items()}
+        name = embedded.get(wanted.digest, wanted.name)
         if name not in codec_weights.NAMES:
             raise CodecError(f"{files.where} speaks codec {name!r}, which has no name here: give its folder by --codec")
     codec = codec_weights.resolve(name, config.codec_weights)

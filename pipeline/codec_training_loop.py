@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import math
 import tempfile
 import time
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from infra import allocator, devices, storage, tracking
 from model.codec import Codec
@@ -19,13 +21,14 @@ from model.codec_training.trainer import CodecTrainer
 from pipeline import measures
 from pipeline.codec_checkpoints import CHECKPOINT, EXPORT, export, load_checkpoint, save_checkpoint
 from pipeline.codec_training import TrainingFailed
+from pipeline.progress import pace
 from pipeline.speech_pool import Augmentation, SpeechPool
 from pipeline.train_codec_config import TrainCodecConfig
 
 if TYPE_CHECKING:
     from pipeline.codec_weights import ResolvedCodec
 
-STARTING = Augmentation(noise=0.05, room=0.05, second_voice=0.0, lowest_level=-14.0)
+STARTING = Augmentation(noise=0.1, room=0.1, second_voice=0.03, lowest_level=-14.0)
 """How the speech is varied from which codebooks start before any training."""
 _MAX_SKIPPED = 20
 """Steps in a row without finite gradients after which a run stops."""
@@ -76,8 +79,7 @@ class _Loop:
     def run(self) -> dict[str, float]:
         config, trainer = self.config, self.trainer
         if trainer.step_number == 0 and config.quantise_from == 0 and not trainer.quantiser.started:
-            # Every worker remembers the same latents, so that their codebooks start equal
-            trainer.prime(self._batch(n, 0, 8, STARTING) for n in range(56))
+            self._start_codebooks()
         going_on = True
         while going_on and trainer.step_number < config.steps:
             self._step()
@@ -88,6 +90,16 @@ class _Loop:
             save_checkpoint(trainer, self.output)
             export(trainer, self.output)
         return self.log.latest | {"step": float(trainer.step_number)}
+
+    def _start_codebooks(self) -> None:
+        """Before any training: from the same latents on every worker, so that the codebooks are equal."""
+        frames = 8 * self.config.samples // self.config.codec().hop
+        batches = math.ceil(self.config.start_latents / frames)
+        if self.rank == 0:
+            print(f"the codebooks start from {batches * 8 * self.config.segment:.0f} s of speech", flush=True)
+        self.trainer.prime(
+            self._batch(n, 0, 8, STARTING) for n in tqdm(range(batches), "speech", disable=self.rank > 0, **pace())
+        )
 
     def _batch(self, step: int, worker: int, rows: int, varied: Augmentation | None) -> torch.Tensor:
         """float32 [rows, samples]: what a worker trains on at a step."""

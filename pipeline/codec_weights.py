@@ -1,7 +1,8 @@
 """Where a codec's weights come from: a name on the command line becomes a config and checked bytes.
 
-Weights are never guessed. `encodec_24khz` means EnCodec's published file or one with the same digest, `demo` the codec
-in this repository, anything else a folder; where nothing can be had, the error says what can be done.
+Weights are never guessed. `encodec_24khz` means EnCodec's published file or one with the same digest, `demo` and
+`demo-6k` the codecs in this repository, anything else a folder; where nothing can be had, the error says what can be
+done.
 """
 
 from __future__ import annotations
@@ -21,14 +22,34 @@ ENCODEC_URL = "https://dl.fbaipublicfiles.com/encodec/v0/encodec_24khz-d7cc33bc.
 ENCODEC_SHA256 = "d7cc33bc"
 """How the sha256 of EnCodec's published file starts: the file's name says it."""
 
-NAMES = ("encodec_24khz", "demo")
-"""Codecs that are known by name; every other one is a folder."""
 
-DEMO_FOLDER = Path(__file__).parent.parent / "model" / "weights" / "codec-demo"
-DEMO_DIGEST = "54ecd342a62f80d6cb5b81574f247fd2e0dd38aa61a25828a23f2719335ec641"
-"""sha256 of the weights in `DEMO_FOLDER`; changes with every retraining."""
-DEMO_CODES = "9f1a95f954e57049a9d83eedcd00c6e83aa87203bebf3e72c7b48d754224670b"
-"""Digest of its identity; stays where the decoder alone was trained."""
+@dataclass(frozen=True)
+class Embedded:
+    """A codec in this repository."""
+
+    folder: Path
+    digest: str
+    """sha256 of its weights; changes with every retraining."""
+    codes: str
+    """Digest of its identity; stays where the decoder alone was trained."""
+
+
+_WEIGHTS = Path(__file__).parent.parent / "model" / "weights"
+EMBEDDED = {
+    "demo": Embedded(
+        _WEIGHTS / "codec-demo",
+        "54ecd342a62f80d6cb5b81574f247fd2e0dd38aa61a25828a23f2719335ec641",
+        "9f1a95f954e57049a9d83eedcd00c6e83aa87203bebf3e72c7b48d754224670b",
+    ),
+    "demo-6k": Embedded(
+        _WEIGHTS / "codec-demo-6k",
+        "06ff6803e9dd0cc053eedc8f83f579d1b767573a53cdf45be003fd279c555c02",
+        "16d816b01192f82e2c3972ced2b7b79c7ba8083a9d15429932c4c689d8039271",
+    ),
+}
+"""By name: one whose first codebook alone carries words, for small language models, and one of EnCodec's shape."""
+NAMES = ("encodec_24khz", *EMBEDDED)
+"""Codecs that are known by name; every other one is a folder."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +71,7 @@ def resolve(name: str = "encodec_24khz", weights: str | None = None) -> Resolved
     """Finds, fetches and checks the codec that `--codec NAME` and `--codec-weights PATH|URL` ask for.
 
     Args:
-        name: `encodec_24khz`, `demo`, or the path or URL of a folder with `config.json` and `model.safetensors`.
+        name: one of `NAMES`, or the path or URL of a folder with `config.json` and `model.safetensors`.
         weights: for `encodec_24khz`: where EnCodec's own file lies, instead of downloading it.
 
     Raises:
@@ -62,10 +83,10 @@ def resolve(name: str = "encodec_24khz", weights: str | None = None) -> Resolved
         raise CodecError(
             f"--codec-weights goes with --codec encodec_24khz; codec {name!r} has its weights in its folder"
         )
-    if name == "demo":
-        return _from_folder(str(DEMO_FOLDER), DEMO_DIGEST)
+    if embedded := EMBEDDED.get(name):
+        return _from_folder(str(embedded.folder), embedded.digest)
     if "/" not in name and not storage.exists(name):
-        raise CodecError(f"unknown codec {name!r}: known are encodec_24khz, demo, or a folder with {CONFIG_FILE}")
+        raise CodecError(f"unknown codec {name!r}: known are {', '.join(NAMES)}, or a folder with {CONFIG_FILE}")
     return _from_folder(name, None)
 
 
@@ -115,7 +136,8 @@ def _encodec_file(weights: str | None) -> bytes:
     except Exception as error:  # aiohttp, SSL, DNS, HTTP status: every one means that it cannot be had
         raise CodecError(
             f"EnCodec's weights are not at hand: {ENCODEC_URL} cannot be fetched ({type(error).__name__}: {error}). "
-            "Either give the file with --codec-weights PATH|URL, or use the codec in this repository with --codec demo"
+            "Either give the file with --codec-weights PATH|URL, or use a codec in this repository: --codec demo-6k, "
+            "which has the same frames and codebooks, or --codec demo"
         ) from None
     content = _checked(content, ENCODEC_URL)
     storage.write_bytes(str(cached), content)

@@ -100,7 +100,9 @@ class EnrollConfig(StageConfig):
         None, "JSON or JSONL with speakers' consent records, or one record for all: who, when, scope"
     )
 
-    codec: str | None = option(None, "encodec_24khz, demo or a folder (default: the model's, where that has a name)")
+    codec: str | None = option(
+        None, "encodec_24khz, demo, demo-6k or a folder (default: the model's, if that has a name)"
+    )
     codec_weights: str | None = option(None, "path or URL of EnCodec's own weights, for machines without internet")
     transcribe: str | None = option(None, "recogniser for samples without text: a faster-whisper name or a folder")
     min_seconds: float = option(0.3, "shorter samples are rejected")

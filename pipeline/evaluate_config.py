@@ -28,7 +28,9 @@ class EvaluateConfig:
         "the text in its own voice",
         ("continue", "ignore"),
     )
-    codec: str | None = option(None, "encodec_24khz, demo or a folder: the references through it are a system, too")
+    codec: str | None = option(
+        None, "encodec_24khz, demo, demo-6k or a folder: references through it are a system, too"
+    )
     codec_weights: str | None = option(None, "path or URL of EnCodec's own weights")
     codebooks: int | None = option(None, "of --codec that are kept (default: all)")
     output: str = option("out/evaluation", "folder of report, scores and speech; any fsspec URL")

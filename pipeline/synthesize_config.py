@@ -27,7 +27,9 @@ class SynthesizeConfig:
     format: str = option("wav", "of the files that --script becomes", FORMATS)
 
     model: str = option(DEMO_MODEL, "folder of an exported model; any fsspec URL")
-    codec: str | None = option(None, "encodec_24khz, demo or a folder (default: the model's, where that has a name)")
+    codec: str | None = option(
+        None, "encodec_24khz, demo, demo-6k or a folder (default: the model's, if that has a name)"
+    )
     codec_weights: str | None = option(None, "path or URL of EnCodec's own weights, for machines without internet")
     seed: int = option(0, "randomness; the same seed says the same")
     temperature: tuple[float, ...] = option(

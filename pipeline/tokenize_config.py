@@ -21,7 +21,7 @@ class TokenizeConfig(CorpusOptions):
     input: str = option("data/demo/manifest.jsonl", "manifest, folder of recordings or corpus; any fsspec URL")
     output: str = option("data/demo/tokens", "folder of the dataset; any fsspec URL")
 
-    codec: str = option("encodec_24khz", "encodec_24khz, demo, or a folder with config.json and model.safetensors")
+    codec: str = option("encodec_24khz", "encodec_24khz, demo, demo-6k, or a folder with config.json and the weights")
     codec_weights: str | None = option(None, "path or URL of EnCodec's own weights, for machines without internet")
     codebooks: int = option(8, "codebooks to store; the codec's own number if it has fewer")
     device: str = option("auto", "where the codec runs", ("auto", "cpu", "cuda"))

@@ -26,6 +26,8 @@ class TrainCodecConfig(CorpusOptions):
     ratios: tuple[int, ...] = option((8, 5, 4, 2), "strides, outermost last; their product is the hop")
     dimension: int = option(128, "width of the quantised vector")
     residual_layers: int = option(1, "residual blocks before each stride")
+    kernel_size: int = option(7, "taps of the first convolution of encoder and decoder")
+    last_kernel_size: int = option(7, "taps of their last one")
     lstm_layers: int = option(2, "LSTM layers in encoder and decoder each")
     codebooks: int = option(8, "codes a frame")
     codebook_size: int = option(1024, "entries of a codebook")
@@ -38,13 +40,15 @@ class TrainCodecConfig(CorpusOptions):
     warmup: int = option(200, "steps to the full learning rate")
     cooldown: float = option(0.3, "share of the steps, at the end, in which the learning rate falls")
     quantise_from: int = option(500, "step at which the codebooks start; 0: from latents of the untrained networks")
+    start_latents: int = option(32_768, "frames of speech from which the codebooks start")
     full_depth: float = option(0.5, "share of the utterances that surely use all codebooks; others use one to all")
     first_alone: float = option(0.0, "share of the utterances that surely use the first codebook alone")
-    start_from: str = option("", "codec whose sizes and weights training starts from: demo, encodec_24khz or a folder")
+    start_from: str = option("", "codec whose sizes and weights training starts from: a name or a folder")
     codec_weights: str | None = option(None, "path or URL of EnCodec's own weights, for machines without internet")
     decoder_only: bool = option(
         False, "train the decoder of start_from alone: its codes, and so datasets and models, stay"
     )
+    half_precision: bool = option(False, "keep the codec's weights in float16: half the bytes")
     commitment: float = option(0.1, "pull of the latents towards their codes, as a share of the reconstruction's")
     mel_weight: float = option(1.0, "share of the mel loss in the gradient")
     time_weight: float = option(0.5, "share of the waveform's loss")
@@ -66,7 +70,7 @@ class TrainCodecConfig(CorpusOptions):
         self.codec()
         if self.steps < 0:
             raise ValueError(f"steps must not be negative, not {self.steps}")
-        for field in ("batch", "warmup", "workers", "log_every", "save_every", "evaluate_every"):
+        for field in ("batch", "warmup", "workers", "start_latents", "log_every", "save_every", "evaluate_every"):
             if getattr(self, field) < 1:
                 raise ValueError(f"{field} must be at least 1, not {getattr(self, field)}")
         if not self.start_from and 0 < self.quantise_from >= self.steps:
@@ -105,6 +109,8 @@ class TrainCodecConfig(CorpusOptions):
             dimension=self.dimension,
             residual_layers=self.residual_layers,
             lstm_layers=self.lstm_layers,
+            kernel_size=self.kernel_size,
+            last_kernel_size=self.last_kernel_size,
             codebooks=self.codebooks,
             codebook_size=self.codebook_size,
         )

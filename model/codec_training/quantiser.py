@@ -61,6 +61,7 @@ class ResidualQuantiser(nn.Module):
             nearest = nearest_rows(residual, centres)
             self._set(level, centres, torch.bincount(nearest, minlength=len(centres)).clamp(min=1) / len(residual))
             residual = residual - centres[nearest]
+        self.recent = self.recent[:0].clone()  # no checkpoint needs to carry them any more
         for values in (self.embed, self.sums, self.counts):
             broadcast_from_first(values)
         self.started.fill_(True)
@@ -123,7 +124,9 @@ class ResidualQuantiser(nn.Module):
 
 def nearest_rows(vectors: torch.Tensor, centres: torch.Tensor) -> torch.Tensor:
     """int64 [n]: the nearest of `centres` [size, width] to each of `vectors` [n, width]."""
-    return torch.addmm(centres.pow(2).sum(1), vectors, centres.t(), alpha=-2).argmin(dim=1)
+    sizes, directions = centres.pow(2).sum(1), centres.t()
+    parts = vectors.split(65_536)  # all distances of an hour's frames at once would be gigabytes
+    return torch.cat([torch.addmm(sizes, part, directions, alpha=-2).argmin(dim=1) for part in parts])
 
 
 def kmeans(vectors: torch.Tensor, size: int, iterations: int, generator: torch.Generator) -> torch.Tensor:

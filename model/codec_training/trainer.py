@@ -47,12 +47,17 @@ class Recipe:
     """Share of the steps, at the end, in which the learning rate falls to a fiftieth."""
     clip: float = 5.0
     """Largest norm of the generator's gradient."""
+    start_latents: int = 32_768
+    """Latents, the newest, from which k-means makes the codebooks: with 12 a code of another voice's waveform is badly
+    met, with 350 well."""
     quantise_from: int = 300
     """The step at which the codebooks start; until then encoder and decoder learn without them."""
     full_depth: float = 0.5
     """Share of utterances that use all codebooks for sure; the others use a random number, from one to all."""
     first_alone: float = 0.0
     """Share of utterances that use the first alone for sure, as a language model of one codebook will."""
+    half_precision: bool = False
+    """Keep weights and codebooks of the codec in float16: half the bytes."""
     decoder_only: bool = False
     """Leave encoder and codebooks as they are: what was tokenized, and models of it, stay valid."""
     commitment: float = 0.1
@@ -90,7 +95,7 @@ class CodecTrainer:
             judge = adversary.build_discriminator(recipe.discriminator_filters, recipe.discriminator_windows)
         encoder.requires_grad_(not recipe.decoder_only)
         self.networks = nn.ModuleDict({"encoder": encoder, "decoder": decoder}).to(self.device)
-        self.quantiser = ResidualQuantiser(config).to(self.device)
+        self.quantiser = ResidualQuantiser(config, recent=recipe.start_latents).to(self.device)
         self.judge = judge.to(self.device)
         self.mel = MelDistance(config.sample_rate).to(self.device)
         self.balancer = Balancer(
@@ -193,7 +198,7 @@ class CodecTrainer:
             raise CodecError(f"the codebooks start at step {self.recipe.quantise_from}; this is {self.step_number}")
         state: dict[str, torch.Tensor] = dict(self.networks.state_dict())
         state |= {codebook_name(level): embed for level, embed in enumerate(self.quantiser.embed)}
-        return weights_from_training(self.config, state)
+        return weights_from_training(self.config, state, self.recipe.half_precision)
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors, numbers and text only: `torch.load(…, weights_only=True)` reads it back."""
@@ -219,6 +224,7 @@ class CodecTrainer:
         if state["recipe"].get("decoder_only", False) != self.recipe.decoder_only:
             raise CodecError("the checkpoint and the recipe differ in decoder_only; choose another output folder")
         self.networks.load_state_dict(state["networks"])
+        self.quantiser.recent = torch.zeros_like(state["quantiser"]["recent"], device=self.device)
         self.quantiser.load_state_dict(state["quantiser"])
         shares = [group["share"] for group in self.optimiser.param_groups]
         self.optimiser.load_state_dict(state["optimiser"])
@@ -291,12 +297,18 @@ class CodecTrainer:
         return norm
 
 
-def _with_norms(tensors: dict[str, torch.Tensor], names: Iterable[str]) -> dict[str, torch.Tensor]:
-    """Plain weights as directions and lengths where `names` have these: what `weights_from_training` multiplied in."""
+def _with_norms(tensors: dict[str, torch.Tensor], current: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Plain weights as directions and lengths where `current` has these: what `weights_from_training` multiplied in.
+
+    Rows of zeros keep their current direction, so that they can be learnt.
+    """
     split = dict(tensors)
-    for name in names:
+    for name, direction in current.items():
         if name.endswith("weight_v"):
             weight = split.pop(name.removesuffix("_v"))
             lengths = weight.flatten(1).norm(dim=1).view(-1, *[1] * (weight.dim() - 1))
-            split |= {name: weight, name.removesuffix("v") + "g": lengths}
+            split |= {
+                name: torch.where(lengths > 0, weight, direction.to(weight)),
+                name.removesuffix("v") + "g": lengths,
+            }
     return split

@@ -23,7 +23,9 @@ class ExperimentsConfig:
 
     output: str = option("out/experiments", "folder of results, plots and the report; any fsspec URL")
     model: str = option(DEMO_MODEL, "folder of an exported model; any fsspec URL that every node reads")
-    codec: str | None = option(None, "encodec_24khz, demo or a folder (default: the model's, where that has a name)")
+    codec: str | None = option(
+        None, "encodec_24khz, demo, demo-6k or a folder (default: the model's, if that has a name)"
+    )
     codec_weights: str | None = option(None, "path or URL of EnCodec's own weights, for machines without internet")
     speakers: str | None = option(None, "unseen speakers, as jobs/enroll.py reads them: JSONL, or a folder")
     consent_file: str | None = option(None, "their consent records, or one for all: who, when, scope")

@@ -25,7 +25,9 @@ class ServiceConfig:
 
     model: str = option(DEMO_MODEL, "folder of an exported model; any fsspec URL")
     name: str = option("lina", "what requests call the model")
-    codec: str | None = option(None, "encodec_24khz, demo or a folder (default: the model's, where that has a name)")
+    codec: str | None = option(
+        None, "encodec_24khz, demo, demo-6k or a folder (default: the model's, if that has a name)"
+    )
     codec_weights: str | None = option(None, "path or URL of EnCodec's own weights, for machines without internet")
     voices: str = option("out/voices", "folder of TENANT/VOICE.safetensors and shared/VOICE.safetensors; any URL")
     tokens: str | None = option(None, "YAML file of tenants and the sha256 of their tokens; without it, loopback only")

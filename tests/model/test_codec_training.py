@@ -60,20 +60,21 @@ def saved(trainer: CodecTrainer) -> dict:
 
 @pytest.mark.parametrize("config", [TINY, dataclasses.replace(TINY, ratios=(8, 5, 4, 2))])
 def test_networks_can_start_as_a_transform_codec(config: CodecConfig) -> None:
-    """Speech passes before anything was learnt, but for what lies above the lowest coefficients."""
+    """Speech passes before anything was learnt, loud or quiet, but for what lies above the lowest coefficients."""
     from model.codec import build_networks
     from model.codec_initial import transform_codec, variance_preserving
 
-    config = dataclasses.replace(config, filters=16, dimension=config.hop // 2, lstm_layers=0)
+    config = dataclasses.replace(config, filters=20, dimension=config.hop // 2, lstm_layers=0)
     for norm in ("weight_norm", "none"):
         torch.manual_seed(0)
         encoder, decoder = build_networks(config, norm)
         variance_preserving(encoder, decoder)
         assert transform_codec(encoder, decoder, config)
-        wave = 0.2 * speech(3, rows=1).unsqueeze(1)
-        with torch.no_grad():
-            error = decoder(encoder(wave)) - wave
-        assert float(error.pow(2).sum() / wave.pow(2).sum()) < 0.1
+        for level in (0.2, 0.001):
+            wave = level * speech(3, rows=1).unsqueeze(1)
+            with torch.no_grad():
+                error = decoder(encoder(wave)) - wave
+            assert float(error.pow(2).sum() / wave.pow(2).sum()) < 0.1
     narrow = dataclasses.replace(config, filters=1)
     assert not transform_codec(*build_networks(narrow, "none"), narrow)
 

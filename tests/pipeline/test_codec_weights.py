@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from pathlib import Path
 
@@ -11,31 +12,37 @@ import torch
 from model.codec import CONFIG_FILE, WEIGHTS_FILE, Codec, read_config
 from model.codec_config import CodecConfig, CodecError
 from pipeline import codec_weights
-from pipeline.codec_weights import DEMO_CODES, DEMO_DIGEST, DEMO_FOLDER, resolve
+from pipeline.codec_weights import EMBEDDED, resolve
 from pipeline.demo_speech import Voices
 from pipeline.demo_voices import speakers
 from pipeline.measures import intelligibility
 
 
-def test_the_embedded_codec_codes_speech() -> None:
-    found = resolve("demo")
-    assert (found.digest, found.identity.digest) == (DEMO_DIGEST, DEMO_CODES) and found.identity.name == "codec-demo"
+@pytest.mark.parametrize(("name", "intelligible"), [("demo", 0.6), ("demo-6k", 0.8)])
+def test_an_embedded_codec_codes_speech(name: str, intelligible: float) -> None:
+    found, embedded = resolve(name), EMBEDDED[name]
+    assert (found.digest, found.identity.digest) == (embedded.digest, embedded.codes)
+    assert found.identity.name == f"codec-{name}"
     assert 4 <= found.identity.codebooks <= 8 and found.identity.frame_rate <= 75
-    assert len(found.weights) <= 12_000_000
     speaker, text = speakers(2, engine="hibari")[0], "The old boat sailed slowly past the green island."
     wave = Voices().say(text, speaker)
     codec = found.build()
     (decoded,) = codec.decode(codec.encode([wave]))
     # What has learnt nothing is unintelligible: below 0.3
-    assert intelligibility(wave, decoded[: len(wave)], 24_000) > 0.6
+    assert intelligibility(wave, decoded[: len(wave)], 24_000) > intelligible
+
+
+def test_embedded_codecs_stay_small() -> None:
+    assert sum((codec.folder / WEIGHTS_FILE).stat().st_size for codec in EMBEDDED.values()) <= 12_000_000
 
 
 def test_a_changed_embedded_codec_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    weights = bytearray((DEMO_FOLDER / WEIGHTS_FILE).read_bytes())
+    demo = EMBEDDED["demo"]
+    weights = bytearray((demo.folder / WEIGHTS_FILE).read_bytes())
     weights[-1] ^= 1
     (tmp_path / WEIGHTS_FILE).write_bytes(bytes(weights))
-    (tmp_path / CONFIG_FILE).write_bytes((DEMO_FOLDER / CONFIG_FILE).read_bytes())
-    monkeypatch.setattr(codec_weights, "DEMO_FOLDER", tmp_path)
+    (tmp_path / CONFIG_FILE).write_bytes((demo.folder / CONFIG_FILE).read_bytes())
+    monkeypatch.setitem(EMBEDDED, "demo", dataclasses.replace(demo, folder=tmp_path))
     with pytest.raises(CodecError, match="sha256"):
         resolve("demo")
 
@@ -54,7 +61,7 @@ def test_a_folder_on_any_storage(tmp_path: Path) -> None:
 def test_no_weights_name_both_ways_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LINA_RAY_CACHE", str(tmp_path))
     monkeypatch.setattr(codec_weights, "ENCODEC_URL", f"file://{tmp_path}/absent/encodec_24khz-d7cc33bc.th")
-    with pytest.raises(CodecError, match=r"--codec-weights PATH\|URL.*--codec demo"):
+    with pytest.raises(CodecError, match=r"--codec-weights PATH\|URL.*--codec demo-6k.*--codec demo"):
         resolve()
 
 
@@ -105,6 +112,7 @@ def test_what_cannot_be_found_says_so(arguments: tuple, says: str) -> None:
         resolve(*arguments)
 
 
-def test_the_embedded_configuration_is_readable() -> None:
-    config = read_config((DEMO_FOLDER / CONFIG_FILE).read_bytes())
+@pytest.mark.parametrize("name", EMBEDDED)
+def test_an_embedded_configuration_is_readable(name: str) -> None:
+    config = read_config((EMBEDDED[name].folder / CONFIG_FILE).read_bytes())
     assert config.hop == 24_000 / config.frame_rate
