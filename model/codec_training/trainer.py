@@ -40,7 +40,7 @@ class Recipe:
     """Start as a transform codec (`model.codec_initial`), where the sizes allow it. Learning rates above 1e-4 undo it
     at once; without it, 1e-3 learns fastest."""
     bias_rate: float = 0.02
-    """Share of the learning rate for biases: the transform codec that training starts from carries small values."""
+    """Share of the learning rate for biases: those of the transform start hold offsets that must cancel."""
     warmup: int = 200
     """Steps to the full learning rate."""
     cooldown: float = 0.3

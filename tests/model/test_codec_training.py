@@ -366,6 +366,32 @@ def test_dropped_levels_give_nothing_and_prefixes_agree() -> None:
     assert errors[0] > errors[1] > errors[2]
 
 
+def test_half_precision_halves_the_file_and_keeps_speech_and_silence() -> None:
+    """Of the transform start, whose lanes' offsets must cancel: rounded apart, they would leave a hum in silence."""
+    config = dataclasses.replace(TINY, filters=8, dimension=32, lstm_layers=0)
+    recipe = dataclasses.replace(RECIPE, transform_start=True, quantise_from=0)
+    codecs = {}
+    for half in (False, True):
+        trainer = CodecTrainer(config, dataclasses.replace(recipe, half_precision=half))
+        trainer.prime([speech(0)])
+        codecs[half] = Codec(config, trainer.weights())
+    assert len(codecs[True].weights) < 0.6 * len(codecs[False].weights)
+    full, halved = codecs[False].encoder, codecs[True].encoder
+    for level in (0.0, 0.001, 0.2):
+        wave = level * speech(3, rows=1).unsqueeze(1)
+        with torch.no_grad():
+            torch.testing.assert_close(halved(wave), full(wave), rtol=0, atol=0.002 * level + 1e-5)
+
+
+def test_codebooks_that_have_started_keep_no_latents() -> None:
+    """Those of an hour would be a hundred megabytes of every checkpoint."""
+    quantiser = ResidualQuantiser(TINY, recent=5000)
+    quantiser.remember(torch.randn(2, 8, 40))
+    assert len(quantiser.recent) == 5000
+    quantiser.start(torch.Generator().manual_seed(0))
+    assert len(quantiser.state_dict()["recent"]) == 0
+
+
 def test_codebooks_cannot_start_from_nothing() -> None:
     with pytest.raises(ValueError, match="remembered"):
         ResidualQuantiser(TINY).start(torch.Generator())

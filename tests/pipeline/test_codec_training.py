@@ -147,9 +147,9 @@ def test_a_decoder_trained_further_keeps_the_codes(corpus: Path, tmp_path: Path)
 
 
 def test_codecs_of_other_kinds_are_no_start(corpus: Path, tmp_path: Path) -> None:
-    config = dataclasses.replace(settings(corpus, tmp_path).codec(), kernel_size=5)
+    config = dataclasses.replace(settings(corpus, tmp_path).codec(), residual_kernel_size=5)
     Codec.random(config).save(tmp_path / "wide")
-    with pytest.raises(CodecError, match="kernel_size 5"):
+    with pytest.raises(CodecError, match="residual_kernel_size 5"):
         train(settings(corpus, tmp_path / "run", start_from=str(tmp_path / "wide")))
     with pytest.raises(CodecError, match="no codec"):
         train(settings(corpus, tmp_path / "run", start_from=str(tmp_path / "nothing")))
