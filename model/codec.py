@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from model.codec_config import CodecConfig, CodecError, CodecIdentity
+from model.codec_search import nearest_codes
 
 if TYPE_CHECKING:
     import torch
@@ -113,7 +114,8 @@ class Codec:
         """Codes of utterances, computed as one batch.
 
         Args:
-            waves: float32 [samples] each, at the codec's sample rate, not empty.
+            waves: float32 [samples] each, at the codec's sample rate, not empty; as loud as they are, or as the codec
+                levels them.
             codebooks: how many to compute; None means all.
 
         Returns:
@@ -127,7 +129,7 @@ class Codec:
         depth = self._depth(codebooks)
         frames = [self._checked_frames(wave) for wave in waves]
         padded = [
-            torch.from_numpy(np.pad(wave, (0, count * self.hop - len(wave))))
+            torch.from_numpy(np.pad(levelled(wave, self.config.level), (0, count * self.hop - len(wave))))
             for wave, count in zip(waves, frames, strict=True)
         ]
         long = [i for i, count in enumerate(frames) if count >= self.config.shortest]
@@ -165,6 +167,12 @@ class Codec:
                 results |= zip(batch, self._decode_batch([codes[i] for i in batch]), strict=True)
         return [results[i] for i in range(len(codes))]
 
+    def beside(self, decoded: np.ndarray, original: np.ndarray) -> np.ndarray:
+        """`decoded`, float32 [samples], to compare with what it was: of its length, and as loud as it was where the codec
+        levels utterances."""
+        decoded = decoded[: len(original)]
+        return levelled(decoded, _loudness(original[: len(decoded)])) if self.config.level else decoded
+
     def _decode_batch(self, codes: list[np.ndarray]) -> list[np.ndarray]:
         """Waveforms [frames · hop] of codes [depth, frames], padded to the longest."""
         import torch
@@ -186,7 +194,7 @@ class Codec:
             return []
         batch = torch.nn.utils.rnn.pad_sequence(waves, batch_first=True)
         latent = self.encoder(batch.to(self.device, self.dtype).unsqueeze(1)).transpose(1, 2)
-        codes = nearest_codes(latent, self.codebooks[:depth])
+        codes = nearest_codes(latent, self.codebooks[:depth], self.config.search)
         return [row[:, : len(wave) // self.hop] for row, wave in zip(codes, waves, strict=True)]
 
     def _fast_encoder(self, threads: int | None):
@@ -220,6 +228,15 @@ class Codec:
         return item.shape[1]
 
 
+def levelled(wave: np.ndarray, level: float) -> np.ndarray:
+    """`wave`, float32 [samples], at a root mean square of `level`; raised by 40 dB at most, and as it is for 0."""
+    return wave * np.float32(level / max(_loudness(wave), level / 100)) if level else wave
+
+
+def _loudness(wave: np.ndarray) -> float:
+    return float(np.sqrt(np.mean(np.square(wave, dtype=np.float64))))
+
+
 def full_precision():
     """Convolutions and LSTMs of GPUs in float32, whatever PyTorch's default is. In TF32, four in ten codes of the
     eighth codebook are others than on a CPU, but equal identities promise equal codes."""
@@ -229,29 +246,6 @@ def full_precision():
     return cudnn.flags(
         enabled=cudnn.enabled, benchmark=cudnn.benchmark, deterministic=cudnn.deterministic, allow_tf32=False
     )
-
-
-def nearest_codes(latent: torch.Tensor, codebooks: torch.Tensor) -> torch.Tensor:
-    """Residual vector quantisation (EnCodec section 3.2).
-
-    Args:
-        latent: [batch, frames, dimension].
-        codebooks: [depth, size, dimension].
-
-    Returns:
-        int64 [batch, depth, frames].
-    """
-    import torch
-
-    residual = latent.reshape(-1, latent.shape[-1])
-    codes = []
-    for codebook in codebooks:
-        # |x - c|² without |x|², which is the same for all c
-        distance = torch.addmm(codebook.pow(2).sum(1), residual, codebook.t(), beta=1, alpha=-2)
-        chosen = distance.argmin(dim=1)
-        residual = residual - codebook[chosen]
-        codes.append(chosen)
-    return torch.stack(codes, 1).view(latent.shape[0], latent.shape[1], -1).transpose(1, 2)
 
 
 def read_config(content: bytes | str) -> CodecConfig:

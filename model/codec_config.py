@@ -80,6 +80,10 @@ class CodecConfig:
     """Residual branches have this many times fewer channels."""
     codebooks: int = 32
     codebook_size: int = 1024
+    search: int = 1
+    """Sums of codes that the encoder keeps from codebook to codebook; 1 takes the nearest of each in turn."""
+    level: float = 0.0
+    """Root mean square that an utterance is brought to before it is encoded, and so has when decoded; 0 leaves it."""
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}", self.name):
@@ -97,11 +101,14 @@ class CodecConfig:
             "compress": (1, 16),
             "codebooks": (1, 64),
             "codebook_size": (2, 65_536),
+            "search": (1, 64),
         }
         for field, (low, high) in limits.items():
             value = getattr(self, field)
             if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
                 raise CodecError(f"codec config: {field} must be a whole number from {low} to {high}, not {value!r}")
+        if isinstance(self.level, bool) or not isinstance(self.level, int | float) or not 0 <= self.level <= 0.5:
+            raise CodecError(f"codec config: level must be a number from 0 to 0.5, not {self.level!r}")
         if not 1 <= len(self.ratios) <= 8 or any(not isinstance(r, int) or not 2 <= r <= 64 for r in self.ratios):
             raise CodecError(f"codec config: ratios must be 1 to 8 whole numbers from 2 to 64, not {self.ratios!r}")
         if self.filters * 2 ** len(self.ratios) > 8192:
@@ -139,7 +146,9 @@ class CodecConfig:
         return -(-samples // self.hop)
 
     def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self) | {"ratios": list(self.ratios)}
+        """The fields; what older codecs don't have only where it is set, so that their digests stay."""
+        values = dataclasses.asdict(self) | {"ratios": list(self.ratios)}
+        return {k: v for k, v in values.items() if k not in _ADDED or v != _ADDED[k]}
 
     @classmethod
     def from_dict(cls, values: Any) -> CodecConfig:
@@ -154,6 +163,9 @@ class CodecConfig:
             raise CodecError(f"codec config: ratios must be a list, not {values['ratios']!r}")
         return cls(**{k: tuple(v) if k == "ratios" else v for k, v in values.items()})
 
+
+_ADDED = {"search": 1, "level": 0.0}
+"""Fields that came later, and what codecs without them mean."""
 
 ENCODEC_24KHZ = CodecConfig("encodec_24khz")
 """The published causal 24 kHz model: 75 frames a second, 32 codebooks of 1024 (24 kbit/s), 14.9 M parameters."""

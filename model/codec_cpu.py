@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from model.codec_config import CodecConfig
+from model.codec_search import search_codes
 
 _mkldnn = torch.ops.mkldnn
 
@@ -100,12 +101,7 @@ class FastEncoder:
 
     def _quantise(self, latent: torch.Tensor, depth: int) -> torch.Tensor:
         residual = self.last(latent, [None])
-        codes = []
-        for search, codebook in zip(self.searches[:depth], self.codebooks, strict=False):
-            chosen = search(residual).argmin(dim=1)
-            residual = residual - codebook[chosen]
-            codes.append(chosen)
-        return torch.stack(codes)
+        return search_codes(residual, self.codebooks[:depth], self.searches[:depth], self.config.search)
 
 
 def _on_threads(count: int, function: Callable) -> Callable:

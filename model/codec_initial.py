@@ -98,7 +98,7 @@ def dct(size: int) -> torch.Tensor:
 
 
 def _lay_encoder(encoder: nn.Module, strides: tuple[int, ...], held: list[int], analysis: torch.Tensor) -> None:
-    convolutions, blocks = _parts(encoder)
+    convolutions, blocks = parts(encoder)
     first, last, latents = convolutions[0], convolutions[-1], range(len(analysis))
     _set_rows(first, _moves(first, 1, {(0, 0, -1): SAMPLE_GAIN}))
     _level(first, 0, 1)
@@ -112,8 +112,8 @@ def _lay_encoder(encoder: nn.Module, strides: tuple[int, ...], held: list[int], 
         else:
             weight = torch.zeros(len(analysis), *step.weight.shape[1:])
             # As half precision keeps them: rounded later, they would let the offset into silence
-            parts = (analysis / SAMPLE_GAIN).half().float().view(-1, stride, lanes)
-            weight[:, :lanes, stride:] = parts.transpose(1, 2)
+            halved = (analysis / SAMPLE_GAIN).half().float().view(-1, stride, lanes)
+            weight[:, :lanes, stride:] = halved.transpose(1, 2)
             _set_rows(step, torch.cat([weight, -weight]))
             _level(step, lanes, 0)
     pairs = {(d, d, -1): LATENT_GAIN for d in latents} | {(d, d + len(latents), -1): -LATENT_GAIN for d in latents}
@@ -121,7 +121,7 @@ def _lay_encoder(encoder: nn.Module, strides: tuple[int, ...], held: list[int], 
 
 
 def _lay_decoder(decoder: nn.Module, strides: tuple[int, ...], held: list[int], synthesis: torch.Tensor) -> None:
-    convolutions, blocks = _parts(decoder)
+    convolutions, blocks = parts(decoder)
     first, last, latents = convolutions[0], convolutions[-1], range(len(synthesis))
     slope, threshold, gain = EXPANDER
     slope /= LATENT_GAIN
@@ -148,7 +148,7 @@ def _lay_decoder(decoder: nn.Module, strides: tuple[int, ...], held: list[int], 
     last.bias.fill_(-SAMPLE_OFFSET / SAMPLE_GAIN)
 
 
-def _parts(network: nn.Module) -> tuple[list[nn.Module], list[list[nn.Module]]]:
+def parts(network: nn.Module) -> tuple[list[nn.Module], list[list[nn.Module]]]:
     """The convolutions between blocks in order, and the residual blocks of each stage."""
     outer = [getattr(m, "conv", None) or getattr(m, "convtr", None) for m in network.model]
     convolutions = [getattr(m, "conv", None) or m.convtr for m in outer if m is not None]

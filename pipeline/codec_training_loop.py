@@ -15,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 from infra import allocator, devices, storage, tracking
-from model.codec import Codec
+from model.codec import Codec, levelled
 from model.codec_training.quantiser import on_all_workers
 from model.codec_training.trainer import CodecTrainer
 from pipeline import measures
@@ -103,7 +103,10 @@ class _Loop:
 
     def _batch(self, step: int, worker: int, rows: int, varied: Augmentation | None) -> torch.Tensor:
         """float32 [rows, samples]: what a worker trains on at a step."""
-        return torch.from_numpy(self.pool.batch(self.config.seed, step, worker, rows, self.config.samples, varied))
+        waves = self.pool.batch(self.config.seed, step, worker, rows, self.config.samples, varied)
+        if self.config.level:
+            waves = _at_level(waves, self.config.level, np.random.default_rng([self.config.seed, step, worker, 1]))
+        return torch.from_numpy(waves)
 
     def _step(self) -> None:
         """One step. Raises TrainingFailed after too many in a row whose gradients are not finite."""
@@ -131,6 +134,12 @@ class _Loop:
             save_checkpoint(trainer, self.output)
         if trainer.quantiser.started and (step % config.evaluate_every == 0 or last):
             self.run_.log_metrics(validate(trainer, self.output, self.run_), step)
+
+
+def _at_level(waves: np.ndarray, level: float, rng: np.random.Generator) -> np.ndarray:
+    """Segments [rows, samples] as loud as those of utterances at that level are: some softer, some louder."""
+    loudness = level * 10 ** (rng.uniform(-7, 3, len(waves)) / 20)
+    return np.stack([levelled(wave, share) for wave, share in zip(waves, loudness, strict=True)]).astype(np.float32)
 
 
 class _Log:
@@ -163,12 +172,12 @@ def validate(trainer: CodecTrainer, output: str, run: tracking.Run) -> dict[str,
     valid = SpeechPool.open(Path(output, "valid"))
     originals = [valid.utterance(i) for i in range(len(valid.ends))]
     codes = codec.encode(originals)
-    decoded = [wave[: len(o)] for wave, o in zip(codec.decode(codes), originals, strict=True)]
+    decoded = [codec.beside(wave, o) for wave, o in zip(codec.decode(codes), originals, strict=True)]
     _log_listening(run, originals[:3], decoded[:3], trainer.step_number, codec.config.sample_rate)
     rate = codec.config.sample_rate
     used = measures.perplexity(codes, codec.config.codebook_size)
     result = {f"valid.perplexity.{level}": value for level, value in enumerate(used, 1)}
-    first = [wave[: len(o)] for wave, o in zip(codec.decode([c[:1] for c in codes]), originals, strict=True)]
+    first = [codec.beside(w, o) for w, o in zip(codec.decode([c[:1] for c in codes]), originals, strict=True)]
     for name, waves in (("valid.mel_distance", decoded), ("valid.mel_distance.first_codebook", first)):
         distances = [measures.mel_distance(o, d, rate) for o, d in zip(originals, waves, strict=True)]
         result[name] = float(np.mean(distances))

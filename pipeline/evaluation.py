@@ -234,7 +234,7 @@ class _Through:
         self.seconds["encode"] += encoded - started
         self.seconds["audio"] += len(samples) / rate
         self.codes += codes
-        return decoded
+        return self.codec.beside(decoded, samples)
 
     def described(self, row: Row) -> Row:
         """`row` with what was seen of the codes and the clock."""

@@ -119,7 +119,7 @@ class Judge:
         target = self.codec.config.sample_rate
         original = resample(samples, rate, target)
         (decoded,) = self.codec.decode(self.codec.encode([original], self.codebooks))
-        return decoded[: len(original)], target
+        return self.codec.beside(decoded, original), target
 
     def _likeness(self, task: Task, samples: np.ndarray, rate: int) -> float | None:
         """None where there is nothing to compare with, 0 where no voice is heard."""

@@ -91,6 +91,5 @@ def beside_decoded(
 ) -> Iterator[tuple[shards.Sample, np.ndarray, np.ndarray]]:
     """(sample, recording, decoded), both float32 of one length, of `recorded`."""
     for sample, recording in pairs:
-        decoded = codec.decode([sample.codes])[0]
-        length = min(len(recording), len(decoded))
-        yield sample, recording[:length], decoded[:length]
+        decoded = codec.beside(codec.decode([sample.codes])[0], recording)
+        yield sample, recording[: len(decoded)], decoded

@@ -31,6 +31,8 @@ class TrainCodecConfig(CorpusOptions):
     lstm_layers: int = option(2, "LSTM layers in encoder and decoder each")
     codebooks: int = option(8, "codes a frame")
     codebook_size: int = option(1024, "entries of a codebook")
+    search: int = option(1, "sums of codes that encoding keeps from codebook to codebook; 1 is EnCodec's greedy search")
+    level: float = option(0.0, "root mean square that utterances are brought to before they are encoded; 0 leaves them")
     steps: int = option(10_000, "steps of the whole run; a longer run goes on from a shorter one's checkpoint")
     batch: int = option(16, "segments a step, over all workers")
     segment: float = option(1.0, "seconds of a segment")
@@ -41,6 +43,7 @@ class TrainCodecConfig(CorpusOptions):
     cooldown: float = option(0.3, "share of the steps, at the end, in which the learning rate falls")
     quantise_from: int = option(500, "step at which the codebooks start; 0: from latents of the untrained networks")
     start_latents: int = option(32_768, "frames of speech from which the codebooks start")
+    start_quiet: float = option(0.0, "weight of quiet frames in them: energy to the power of minus this; 1: all alike")
     full_depth: float = option(0.5, "share of the utterances that surely use all codebooks; others use one to all")
     first_alone: float = option(0.0, "share of the utterances that surely use the first codebook alone")
     start_from: str = option("", "codec whose sizes and weights training starts from: a name or a folder")
@@ -48,6 +51,7 @@ class TrainCodecConfig(CorpusOptions):
     decoder_only: bool = option(
         False, "train the decoder of start_from alone: its codes, and so datasets and models, stay"
     )
+    keep_lanes: bool = option(False, "with decoder_only, of a transform codec: train what is beside its lanes")
     half_precision: bool = option(False, "keep the codec's weights in float16: half the bytes")
     commitment: float = option(0.1, "pull of the latents towards their codes, as a share of the reconstruction's")
     mel_weight: float = option(1.0, "share of the mel loss in the gradient")
@@ -88,6 +92,8 @@ class TrainCodecConfig(CorpusOptions):
             )
         if self.decoder_only and not self.start_from:
             raise ValueError("decoder_only needs a codec to start_from")
+        if self.keep_lanes and not self.decoder_only:
+            raise ValueError("keep_lanes needs decoder_only: an encoder's lanes are not kept")
         if self.codec_weights and self.start_from != "encodec_24khz":
             raise ValueError(
                 f"codec_weights needs start_from encodec_24khz, whose weights they are, not {self.start_from!r}"
@@ -113,6 +119,8 @@ class TrainCodecConfig(CorpusOptions):
             last_kernel_size=self.last_kernel_size,
             codebooks=self.codebooks,
             codebook_size=self.codebook_size,
+            search=self.search,
+            level=self.level,
         )
 
     def recipe(self) -> Recipe:

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from model.codec_config import CodecConfig
+from model.codec_search import nearest_codes
 
 
 class Quantised(NamedTuple):
@@ -36,7 +37,7 @@ class ResidualQuantiser(nn.Module):
     def __init__(self, config: CodecConfig, decay: float = 0.99, dead_below: float = 0.1, recent: int = 32_768) -> None:
         super().__init__()
         levels, size, width = config.codebooks, config.codebook_size, config.dimension
-        self.decay, self.dead_below = decay, dead_below
+        self.decay, self.dead_below, self.search = decay, dead_below, config.search
         self.register_buffer("embed", torch.zeros(levels, size, width))
         self.register_buffer("sums", torch.zeros(levels, size, width))
         self.register_buffer("counts", torch.zeros(levels, size))
@@ -51,13 +52,19 @@ class ResidualQuantiser(nn.Module):
         self.recent[slots] = rows
         self.remembered += len(rows)
 
-    def start(self, generator: torch.Generator, iterations: int = 10) -> None:
-        """Sets all codebooks by k-means, level by level on what the levels before left over: the first worker's."""
+    def start(self, generator: torch.Generator, iterations: int = 10, quiet: float = 0.0) -> None:
+        """Sets all codebooks by k-means, level by level on what the levels before left over: the first worker's.
+
+        A latent of energy e weighs e^-quiet: at 0 loud ones, which lie far apart, take most codes; at 1 errors count
+        relative to the loudness.
+        """
         residual = self.recent[: int(self.remembered.clamp(max=len(self.recent)))]
         if len(residual) == 0:
             raise ValueError("the codebooks cannot start before any latents were remembered")
+        energy = residual.pow(2).sum(1)
+        weights = (energy + 0.02 * energy.mean()).pow(-quiet)  # silence doesn't weigh without bound
         for level in range(len(self.embed)):
-            centres = kmeans(residual, self.embed.shape[1], iterations, generator)
+            centres = kmeans(residual, self.embed.shape[1], iterations, generator, weights)
             nearest = nearest_rows(residual, centres)
             self._set(level, centres, torch.bincount(nearest, minlength=len(centres)).clamp(min=1) / len(residual))
             residual = residual - centres[nearest]
@@ -84,8 +91,10 @@ class ResidualQuantiser(nn.Module):
         residual, total = vectors.detach(), torch.zeros_like(vectors)
         row_depths = depths.repeat_interleave(frames)
         codes, distances = [], []
+        # Codebooks that follow the data need the nearest code of each in turn
+        found = None if self.training else nearest_codes(latent.detach().transpose(1, 2), self.embed, self.search)
         for level in range(len(self.embed)):
-            nearest = nearest_rows(residual, self.embed[level])
+            nearest = nearest_rows(residual, self.embed[level]) if found is None else found[:, level].flatten()
             chosen = self.embed[level][nearest]
             used = (row_depths > level).to(vectors.dtype).unsqueeze(1)
             # The encoder is pulled towards the sum of the codes so far, as its residual is towards the next one
@@ -129,15 +138,20 @@ def nearest_rows(vectors: torch.Tensor, centres: torch.Tensor) -> torch.Tensor:
     return torch.cat([torch.addmm(sizes, part, directions, alpha=-2).argmin(dim=1) for part in parts])
 
 
-def kmeans(vectors: torch.Tensor, size: int, iterations: int, generator: torch.Generator) -> torch.Tensor:
-    """`size` centres [size, width] of `vectors` [n, width]; a centre that loses all its vectors is drawn anew."""
+def kmeans(
+    vectors: torch.Tensor, size: int, iterations: int, generator: torch.Generator, weights: torch.Tensor | None = None
+) -> torch.Tensor:
+    """`size` centres [size, width] of `vectors` [n, width], means by `weights` [n] or plain ones; a centre that loses
+    all its vectors is drawn anew."""
+    weights = vectors.new_ones(len(vectors)) if weights is None else weights / weights.mean()
+    weighted = vectors * weights.unsqueeze(1)
     centres = vectors[torch.randint(len(vectors), (size,), generator=generator).to(vectors.device)].clone()
     for _ in range(iterations):
         nearest = nearest_rows(vectors, centres)
-        counts = torch.bincount(nearest, minlength=size)
-        sums = torch.zeros_like(centres).index_add_(0, nearest, vectors)
+        shares = vectors.new_zeros(size).index_add_(0, nearest, weights)
+        sums = torch.zeros_like(centres).index_add_(0, nearest, weighted)
         drawn = vectors[torch.randint(len(vectors), (size,), generator=generator).to(vectors.device)]
-        centres = torch.where((counts > 0).unsqueeze(1), sums / counts.clamp(min=1).unsqueeze(1), drawn)
+        centres = torch.where((shares > 0).unsqueeze(1), sums / shares.clamp(min=1e-9).unsqueeze(1), drawn)
     return centres
 
 

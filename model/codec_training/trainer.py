@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,7 @@ from model.codec import build_networks, codebook_name, read_tensors, weights_fro
 from model.codec_config import CodecConfig, CodecError
 from model.codec_initial import transform_codec, variance_preserving
 from model.codec_training import discriminator as adversary
+from model.codec_training.lanes import Lanes
 from model.codec_training.losses import Balancer, MelDistance
 from model.codec_training.quantiser import (
     Quantised,
@@ -50,6 +52,8 @@ class Recipe:
     start_latents: int = 32_768
     """Latents, the newest, from which k-means makes the codebooks: with 12 a code of another voice's waveform is badly
     met, with 350 well."""
+    start_quiet: float = 0.0
+    """How much more quiet latents weigh in that k-means: their energy to the power of minus this."""
     quantise_from: int = 300
     """The step at which the codebooks start; until then encoder and decoder learn without them."""
     full_depth: float = 0.5
@@ -60,6 +64,8 @@ class Recipe:
     """Keep weights and codebooks of the codec in float16: half the bytes."""
     decoder_only: bool = False
     """Leave encoder and codebooks as they are: what was tokenized, and models of it, stay valid."""
+    keep_lanes: bool = False
+    """With `decoder_only`, of a transform codec: train what is beside its lanes (`model.codec_training.lanes`)."""
     commitment: float = 0.1
     """Size of the commitment's gradient at the latent, as a share of the reconstruction's. A fixed factor instead lets
     the encoder shrink its latents to please the commitment, and learning stalls."""
@@ -88,13 +94,15 @@ class CodecTrainer:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(recipe.seed)
             # An encoder that stays keeps its weights to the last bit, which a weight norm would not
-            encoder, decoder = build_networks(config, "weight_norm", "none" if recipe.decoder_only else None)
+            norm = "none" if recipe.keep_lanes else "weight_norm"
+            encoder, decoder = build_networks(config, norm, "none" if recipe.decoder_only else None)
             variance_preserving(encoder, decoder)
             if recipe.transform_start and not recipe.decoder_only:
                 transform_codec(encoder, decoder, config)
             judge = adversary.build_discriminator(recipe.discriminator_filters, recipe.discriminator_windows)
         encoder.requires_grad_(not recipe.decoder_only)
         self.networks = nn.ModuleDict({"encoder": encoder, "decoder": decoder}).to(self.device)
+        self.lanes = Lanes(decoder, config) if recipe.keep_lanes else None
         self.quantiser = ResidualQuantiser(config, recent=recipe.start_latents).to(self.device)
         self.judge = judge.to(self.device)
         self.mel = MelDistance(config.sample_rate).to(self.device)
@@ -132,7 +140,7 @@ class CodecTrainer:
         audio = audio.to(self.device).unsqueeze(1)
         self.networks.train(), self.quantiser.train(not self.recipe.decoder_only)
         if self.step_number >= self.recipe.quantise_from and not self.quantiser.started:
-            self.quantiser.start(self.generator)
+            self.quantiser.start(self.generator, quiet=self.recipe.start_quiet)
         with torch.set_grad_enabled(not self.recipe.decoder_only):
             latent = self.networks["encoder"](audio)
             if not on_all_workers(bool(latent.isfinite().all()), self.device):
@@ -151,11 +159,14 @@ class CodecTrainer:
         decoded.backward(output_gradient)
         if not self.recipe.decoder_only:
             latent.backward(self._with_commitment(bottleneck.grad, latent, quantised.commitment))
+        if self.lanes:
+            self.lanes.project_gradients()
         norm = self._clip(self.networks, self.recipe.clip)
         if self.adversarial:  # its gradient, too, is known to be finite before anything steps
             logged["discriminator"] = self._teach_judge(real, fake)
             self.judge_optimiser.step()
-        self.optimiser.step()
+        with self.lanes.kept() if self.lanes else nullcontext():
+            self.optimiser.step()
         self.step_number += 1
         logged |= {name: float(loss.detach()) for name, loss in losses.items()}
         logged |= {"grad_norm": norm, "lr": rate}
@@ -170,7 +181,7 @@ class CodecTrainer:
         self.networks.eval()
         for audio in batches:
             self.quantiser.remember(self.networks["encoder"](audio.to(self.device).unsqueeze(1)))
-        self.quantiser.start(self.generator)
+        self.quantiser.start(self.generator, quiet=self.recipe.start_quiet)
 
     def start_from(self, weights: bytes) -> None:
         """Begins with the networks and codebooks of a codec of the same sizes instead of random ones.
