@@ -168,8 +168,8 @@ class Codec:
         return [results[i] for i in range(len(codes))]
 
     def beside(self, decoded: np.ndarray, original: np.ndarray) -> np.ndarray:
-        """`decoded`, float32 [samples], to compare with what it was: of its length, and as loud as it was where the codec
-        levels utterances."""
+        """`decoded`, float32 [samples], to compare with the original: as long, and as loud where the codec levels
+        utterances."""
         decoded = decoded[: len(original)]
         return levelled(decoded, _loudness(original[: len(decoded)])) if self.config.level else decoded
 

@@ -60,7 +60,7 @@ class CodecIdentity:
 
 @dataclass(frozen=True)
 class CodecConfig:
-    """Sizes of a causal, mono, unnormalised network of EnCodec's classes (Défossez et al. 2022, section 3)."""
+    """Sizes of a causal, mono network of EnCodec's classes (Défossez et al. 2022, section 3)."""
 
     name: str
     sample_rate: int = 24_000

@@ -64,18 +64,27 @@ def transform_codec(encoder: nn.Module, decoder: nn.Module, config: CodecConfig)
     but give nothing to them: training decides what they are for. With k-means codebooks of an hour of speech this is
     already an intelligible codec, of voices that it never heard, too.
     """
-    strides = config.ratios[::-1]
-    held = [math.prod(strides[:i]) for i in range(len(strides))]
-    widths = [config.filters * 2**i for i in range(len(strides) + 1)]
-    if any(lanes > width for lanes, width in zip(held, widths, strict=False)):
+    if not fits(config):
         return False
-    if config.dimension > config.hop or 2 * config.dimension > widths[-1]:
-        return False
+    strides, held = config.ratios[::-1], lanes_held(config)
     raised = (1 + torch.arange(config.dimension) * config.sample_rate / (2 * config.hop) / CORNER).sqrt().unsqueeze(1)
     transform = dct(config.hop)[: config.dimension]
     _lay_encoder(encoder, strides, held, transform * raised * COEFFICIENT_GAIN)
     _lay_decoder(decoder, strides, held, transform / raised / COEFFICIENT_GAIN)
     return True
+
+
+def lanes_held(config: CodecConfig) -> list[int]:
+    """Lanes of each layer, from the full sample rate on: as many as it has samples for one of its own."""
+    strides = config.ratios[::-1]
+    return [math.prod(strides[:i]) for i in range(len(strides))]
+
+
+def fits(config: CodecConfig) -> bool:
+    """Whether networks of these sizes have room for the lanes and for two channels a coefficient."""
+    widths = [config.filters * 2**i for i in range(len(config.ratios) + 1)]
+    room = all(lanes <= width for lanes, width in zip(lanes_held(config), widths, strict=False))
+    return room and config.dimension <= config.hop and 2 * config.dimension <= widths[-1]
 
 
 CORNER = 300.0

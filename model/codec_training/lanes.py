@@ -1,4 +1,4 @@
-"""Learning beside a transform codec's lanes: what of a decoder may change without harm to the speech that it lets through.
+"""Learning beside a transform codec's lanes: what of a decoder may change while speech goes on through it.
 
 The lanes of `model.codec_initial` carry samples raised by an offset ten times as large. Whatever reads them with
 weights that learn freely learns the offset first and hears the samples as its noise; whatever moves them is
@@ -8,15 +8,14 @@ sum over the lanes is nothing. What is beside them may add to them, from nothing
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import nn
 
-from model.codec_config import CodecConfig
-from model.codec_initial import parts
+from model.codec_config import CodecConfig, CodecError
+from model.codec_initial import SAMPLE_GAIN, SAMPLE_OFFSET, fits, lanes_held, parts
 
 Projection = Callable[[torch.Tensor], torch.Tensor]
 """A change of a parameter to the part of it that leaves the lanes alone; applied twice it does no more than once."""
@@ -27,11 +26,15 @@ class Lanes:
     Args:
         decoder: a `SEANetDecoder` without weight norm that began as a transform codec.
         config: its sizes.
+
+    Raises:
+        CodecError: they have no room for lanes.
     """
 
     def __init__(self, decoder: nn.Module, config: CodecConfig) -> None:
-        strides = config.ratios
-        held = [math.prod(strides[i + 1 :]) for i in range(len(strides))]
+        if not fits(config):
+            raise CodecError(f"codec {config.name!r} cannot keep lanes, for which its sizes have no room")
+        strides, held = config.ratios, lanes_held(config)[::-1]
         convolutions, blocks = parts(decoder)
         first, last, ups = convolutions[0], convolutions[-1], convolutions[1:-1]
         self.projections: dict[nn.Parameter, Projection] = {first.bias: _kept_rows(2 * config.dimension)}
@@ -45,7 +48,17 @@ class Lanes:
                 self.projections[shortcut.bias] = _kept_rows(lanes)
                 self.projections[inner.weight] = _across(lanes, 0)
             entering, raised = lanes, True
+        self.last = last
         self.projections |= {last.weight: _across(1, 1), last.bias: _kept_rows(1)}
+
+    def require(self) -> None:
+        """Raises CodecError where the decoder's weights are not those of a transform codec."""
+        weight, bias = 1 / SAMPLE_GAIN, -SAMPLE_OFFSET / SAMPLE_GAIN
+        if self.last.weight[0, 0, -1] != weight or self.last.bias != bias:
+            raise CodecError(
+                "keep_lanes is for a decoder that began as a transform codec, and that of start_from has no lanes; "
+                "leave keep_lanes out"
+            )
 
     def project_gradients(self) -> None:
         for parameter, project in self.projections.items():

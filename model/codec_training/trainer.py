@@ -187,7 +187,7 @@ class CodecTrainer:
         """Begins with the networks and codebooks of a codec of the same sizes instead of random ones.
 
         Raises:
-            CodecError: damaged weights, or of another architecture.
+            CodecError: damaged weights, of another architecture, or without the lanes that the recipe keeps.
         """
         tensors = read_tensors(self.config, weights)
         try:
@@ -196,6 +196,8 @@ class CodecTrainer:
             self.networks.load_state_dict(_with_norms(tensors, self.networks.state_dict()))
         except (KeyError, RuntimeError) as error:
             raise CodecError(f"codec {self.config.name!r} cannot start from weights of other sizes: {error}") from None
+        if self.lanes:
+            self.lanes.require()
         self.quantiser.started.fill_(True)
         self.started_from = hashlib.sha256(weights).hexdigest()
 

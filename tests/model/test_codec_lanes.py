@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from model.codec import Codec
-from model.codec_config import CodecConfig
+from model.codec_config import CodecConfig, CodecError
 from model.codec_training.trainer import CodecTrainer, Recipe
 from tests.model.test_codec_training import speech
 
@@ -94,6 +94,15 @@ def test_projections_are_projections(start: bytes) -> None:
         once = project(change)
         torch.testing.assert_close(project(once), once)
         assert (once != change).any()
+
+
+def test_a_decoder_without_lanes_is_refused(start: bytes) -> None:
+    learnt = CodecTrainer(CONFIG, dataclasses.replace(START, transform_start=False))
+    learnt.prime([speech(0)])
+    with pytest.raises(CodecError, match="began as a transform codec"):
+        begun(learnt.weights())
+    with pytest.raises(CodecError, match="no room"):
+        CodecTrainer(dataclasses.replace(CONFIG, dimension=48), LEARNING)
 
 
 def test_resumes_bit_for_bit(start: bytes) -> None:
