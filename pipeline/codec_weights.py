@@ -43,8 +43,8 @@ EMBEDDED = {
     ),
     "demo-6k": Embedded(
         _WEIGHTS / "codec-demo-6k",
-        "06ff6803e9dd0cc053eedc8f83f579d1b767573a53cdf45be003fd279c555c02",
-        "16d816b01192f82e2c3972ced2b7b79c7ba8083a9d15429932c4c689d8039271",
+        "7980a9270116a483642f7f6b827d163ff85198c064da746c44a105b7895a04fe",
+        "be6d21f2e55cd78674817b14438af0056c0779748b4228f1f730e16ed2cd6938",
     ),
 }
 """By name: one whose first codebook alone carries words, for small language models, and one of EnCodec's shape."""

@@ -234,8 +234,9 @@ class CodecTrainer:
         saved = CodecConfig.from_dict(state["config"])
         if saved != self.config:
             raise CodecError(f"the checkpoint trains another architecture ({saved}) than the config ({self.config})")
-        if state["recipe"].get("decoder_only", False) != self.recipe.decoder_only:
-            raise CodecError("the checkpoint and the recipe differ in decoder_only; choose another output folder")
+        for part in ("decoder_only", "keep_lanes"):
+            if state["recipe"].get(part, False) != getattr(self.recipe, part):
+                raise CodecError(f"the checkpoint and the recipe differ in {part}; choose another output folder")
         self.networks.load_state_dict(state["networks"])
         self.quantiser.recent = torch.zeros_like(state["quantiser"]["recent"], device=self.device)
         self.quantiser.load_state_dict(state["quantiser"])

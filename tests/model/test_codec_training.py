@@ -405,6 +405,21 @@ def test_kmeans_finds_clusters() -> None:
     assert torch.cdist(truth, centres).min(dim=1).values.max() < 0.1
 
 
+def test_codebooks_can_start_with_an_ear_for_quiet_frames() -> None:
+    """Nine in ten latents are as varied as the others, and a hundred times softer."""
+    generator = torch.Generator().manual_seed(0)
+    quiet, loud = 0.01 * torch.randn(1, 8, 900, generator=generator), torch.randn(1, 8, 100, generator=generator)
+    away = {}
+    for weight in (0.0, 1.0):
+        quantiser = ResidualQuantiser(TINY).eval()
+        quantiser.remember(torch.cat([quiet, loud], dim=2))
+        quantiser.start(torch.Generator().manual_seed(1), quiet=weight)
+        off = [(quantiser(x, torch.tensor([3])).latent - x).pow(2).mean() / x.pow(2).mean() for x in (quiet, loud)]
+        away[weight] = [float(share) for share in off]
+    assert away[1.0][0] < 0.5 * away[0.0][0]
+    assert away[0.0][1] < away[1.0][1]
+
+
 def test_balancer_makes_weights_shares_whatever_the_scales() -> None:
     output = torch.randn(3, 1, 50).requires_grad_()
     balancer = Balancer({"loud": 3.0, "quiet": 1.0, "off": 0.0})

@@ -20,6 +20,7 @@ import yaml
 from infra import storage
 from model.codec import Codec
 from model.codec_config import CodecError
+from model.codec_training.trainer import CodecTrainer
 from pipeline import audio, codec_weights, training_desk
 from pipeline.codec_pools import make_pools
 from pipeline.codec_training import train
@@ -144,6 +145,25 @@ def test_a_decoder_trained_further_keeps_the_codes(corpus: Path, tmp_path: Path)
     assert first.identity == decoder.identity and first.digest != decoder.digest
     assert whole.config == dataclasses.replace(first.config, name="other")
     assert whole.identity.digest != first.identity.digest
+
+
+def test_a_transform_codec_and_then_what_is_beside_its_lanes(corpus: Path, tmp_path: Path, monkeypatch) -> None:
+    """As the configurations of `demo-6k` do it: codebooks without a step, then its decoder."""
+    sizes = dict(kernel_size=3, last_kernel_size=3, filters=10, dimension=40, search=4, level=0.1, half_precision=True)
+    seen, batch = [], CodecTrainer.step
+    monkeypatch.setattr(CodecTrainer, "step", lambda self, audio: [seen.append(audio), batch(self, audio)][1])
+    first = settings(corpus, tmp_path / "first", steps=0, quantise_from=0, start_quiet=1.0, start_latents=500, **sizes)
+    train(first)
+    start = Codec.load(tmp_path / "first" / "export")
+    assert (start.config.search, start.config.level) == (4, 0.1)
+    further = dict(start_from=str(tmp_path / "first" / "export"), decoder_only=True, keep_lanes=True, segment=0.5)
+    train(settings(corpus, tmp_path / "second", half_precision=True, **further))
+    learnt = Codec.load(tmp_path / "second" / "export")
+    assert learnt.identity == start.identity and learnt.config == start.config and learnt.digest != start.digest
+    loudness = torch.cat(seen).pow(2).mean(dim=1).sqrt()
+    assert len(loudness) == 12 and 0.03 < loudness.min() < 0.09 < loudness.max() < 0.15
+    with pytest.raises(CodecError, match="differ in keep_lanes"):
+        train(settings(corpus, tmp_path / "second", **(further | {"keep_lanes": False})))
 
 
 def test_codecs_of_other_kinds_are_no_start(corpus: Path, tmp_path: Path) -> None:
@@ -285,6 +305,9 @@ def test_workers_are_not_started_again_for_what_would_come_again(corpus: Path, t
         ({"steps": 0}, "quantise_from 3 must be below steps 0"),
         ({"filters": 0}, "filters"),
         ({"decoder_only": True}, "start_from"),
+        ({"keep_lanes": True}, "keep_lanes needs decoder_only"),
+        ({"search": 0}, "search must be a whole number"),
+        ({"level": 2.0}, "level must be a number from 0 to 0.5"),
         ({"codec_weights": "x.th"}, "codec_weights needs start_from encodec_24khz"),
         ({"corpus": "vctk"}, "root is missing"),
         ({"full_depth": 0.7, "first_alone": 0.4}, "one whole"),
