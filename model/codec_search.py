@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 Distance = Callable[["torch.Tensor"], "torch.Tensor"]
 """[rows, dimension] to [rows, size]: |x - c|² of each code c, less |x|², which is the same for all."""
 
-_ROWS = 64
-"""Latents searched at a time, so that their candidates' distances stay in a CPU's cache."""
+_ROWS = {"cpu": 64}
+"""Latents searched at a time, so that their candidates' distances stay in a CPU's cache; on a GPU many more."""
 
 
 def nearest_codes(latent: torch.Tensor, codebooks: torch.Tensor, search: int = 1) -> torch.Tensor:
@@ -43,7 +43,8 @@ def search_codes(
 
     if search == 1:
         return _greedy(rows, codebooks, distances)
-    return torch.cat([_beam(part, codebooks, distances, search) for part in rows.split(_ROWS)], dim=1)
+    parts = rows.split(_ROWS.get(rows.device.type, 4096))
+    return torch.cat([_beam(part, codebooks, distances, search) for part in parts], dim=1)
 
 
 def _greedy(residual: torch.Tensor, codebooks: torch.Tensor, distances: Sequence[Distance]) -> torch.Tensor:
