@@ -43,7 +43,7 @@ EMBEDDED = {
     ),
     "demo-6k": Embedded(
         _WEIGHTS / "codec-demo-6k",
-        "7980a9270116a483642f7f6b827d163ff85198c064da746c44a105b7895a04fe",
+        "5df2d6b50d60cdb3afa6b62f8baebedbacf2cd61a40c1a6c7bd92f554fd32b01",
         "be6d21f2e55cd78674817b14438af0056c0779748b4228f1f730e16ed2cd6938",
     ),
 }
